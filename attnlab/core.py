@@ -1,0 +1,335 @@
+"""The vocabulary: what every mechanism receives, may ask, and returns.
+
+Axis letters: B batch, N query, M key, H heads, G kv heads (G divides H), D key dim, E value dim.
+Tokens carry their own position and segment, so a sort, gather, eviction, pad or shard moves the
+whole pytree and no mask can go stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.registry import Registry
+
+MASK = -1e30
+"""The logit of a key that may not be seen: large and finite, so that no gradient is NaN."""
+
+Array = jax.Array
+
+
+class Queries(NamedTuple):
+    """Tokens that ask. ``q`` [B N H D]; ``pos`` [B N] int32; ``seg`` [B N] int32, < 0 = empty."""
+
+    q: Array
+    pos: Array
+    seg: Array
+
+    def cleared(self) -> Queries:
+        """The same, with 0 in empty slots: a masked NaN would still spoil a gradient (0 * NaN)."""
+        return self._replace(q=jnp.where(self.seg[..., None, None] >= 0, self.q, 0))
+
+
+class Keys(NamedTuple):
+    """Tokens that answer. ``k`` [B M G D]; ``v`` [B M G E]; ``pos``, ``seg`` [B M] int32.
+
+    A slot with ``seg`` < 0 is empty: whatever it holds, even NaN, is never seen. The KV cache is
+    itself a `Keys`, unrotated.
+    """
+
+    k: Array
+    v: Array
+    pos: Array
+    seg: Array
+
+    def cleared(self) -> Keys:
+        """The same, with 0 in empty slots: a masked NaN would still spoil a gradient (0 * NaN)."""
+        full = self.seg[..., None, None] >= 0
+        return self._replace(k=jnp.where(full, self.k, 0), v=jnp.where(full, self.v, 0))
+
+    @classmethod
+    def empty(cls, dims: Dims, batch: int, length: int, dtype: Any = jnp.float32) -> Keys:
+        """``length`` empty slots."""
+        pos = jnp.zeros((batch, length), jnp.int32)
+        return cls(
+            jnp.zeros((batch, length, dims.kv_heads, dims.key_dim), dtype),
+            jnp.zeros((batch, length, dims.kv_heads, dims.value_dim), dtype),
+            pos,
+            pos - 1,
+        )
+
+    def extended(self, new: Keys) -> Keys:
+        """These tokens followed by ``new`` ones."""
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1), self, new)
+
+
+class Result(NamedTuple):
+    """``out`` [B N H E] in the dtype of the queries; ``state`` for the next call; ``aux`` a dict.
+
+    Keys of ``aux``: ``lse`` [B H N] f32, ``probs`` [B H N M] (dense forms only), ``loss`` (scalar
+    balance terms, added to the training loss), ``stats`` (anything worth logging).
+    """
+
+    out: Array
+    state: Any = ()
+    aux: dict[str, Any] = {}
+
+
+class Dims(NamedTuple):
+    """Sizes a mechanism needs to make its parameters, state and FLOP count."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Cost(NamedTuple):
+    """Declared growth exponents in the sequence length N: time and memory of a forward plus
+    backward pass, and size of the decoding state. Checked by measurement."""
+
+    time: float
+    memory: float
+    state: float
+
+
+def count_pairs(length: int, window: int | None = None, causal: bool = True) -> int:
+    """Number of (query, key) pairs of a self-attention of ``length`` tokens.
+
+    A ``window`` counts the visible keys on one side including the query itself.
+    """
+    w = length if window is None else min(window, length)
+    one_sided = w * (w + 1) // 2 + (length - w) * w
+    return one_sided if causal else 2 * one_sided - length
+
+
+class Pattern:
+    """Which keys a query may see, as a predicate of positions; a frozen dataclass, so that equal
+    patterns hash equal and nothing retraces."""
+
+    def visible(self, q_pos: Array, k_pos: Array) -> Array:
+        """Elementwise bool, on arrays that broadcast."""
+        raise NotImplementedError
+
+    def reaches(self, q_low: Array, q_high: Array, k_low: Array, k_high: Array) -> Array:
+        """False only if no query position in [q_low, q_high] sees a key position in
+        [k_low, k_high]; lets engines skip whole tiles."""
+        raise NotImplementedError
+
+
+class Position:
+    """Base of position modules: frozen dataclasses whose fields are their config schema.
+
+    Override what applies: `embed` (added to the embeddings), `rotate` (queries and keys), `bias`
+    (added to the logits). The defaults do nothing.
+    """
+
+    relative: ClassVar[bool] = True
+    """Outputs do not change when every position grows by the same amount."""
+    biased: ClassVar[bool] = False
+    """`bias` is not None: only mechanisms that form logits can host it."""
+    shared: ClassVar[bool] = False
+    """One set of parameters serves all layers (and `embed`); otherwise each layer has its own."""
+
+    def init(self, key: Array, dims: Dims) -> Any:
+        """Learned parameters of one layer (a pytree, ``{}`` when there are none)."""
+        return {}
+
+    def embed(self, params: Any, x: Array, pos: Array) -> Array:
+        """``x`` [B N width] with position information added; called once, before layer one, with
+        the shared parameters (``{}`` where layers have their own)."""
+        return x
+
+    def rotate(self, params: Any, z: Array, pos: Array, side: str) -> Array:
+        """``z`` [B N heads D] turned by its position; ``side`` is "query" or "key"."""
+        return z
+
+    def bias(self, params: Any, q: Array, q_pos: Array, k_pos: Array) -> Array | None:
+        """Added to the scaled logits: broadcastable to [B H N M], f32, or None.
+
+        ``q`` [B H N D] (rotated), ``q_pos`` [B N], ``k_pos`` [B M]: tiles of a longer sequence.
+        """
+        return None
+
+    def validate(self, dims: Dims) -> None:
+        """Raise `UserError` where the sizes make no sense for this module."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rule:
+    """How a query meets a key: the one place that scales, rotates, biases and masks.
+
+        logits = cap(scale q kᵀ) + bias,  seen iff  same segment ∧ (not causal ∨ pos_k <= pos_q) ∧
+        every pattern
+
+    with cap(z) = c tanh(z / c) when ``soft_cap`` c > 0. The mechanism calls the rule; the model
+    never rotates or masks. A pytree: ``params`` (of the position module) is traced, the rest is
+    static.
+    """
+
+    params: Any = dataclasses.field(default_factory=dict)
+    position: Position = dataclasses.field(
+        default_factory=lambda: _NOWHERE, metadata={"static": True}
+    )
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    scale: float | None = dataclasses.field(default=None, metadata={"static": True})
+    soft_cap: float = dataclasses.field(default=0.0, metadata={"static": True})
+    patterns: tuple[Pattern, ...] = dataclasses.field(default=(), metadata={"static": True})
+    taps: tuple[tuple[str, Callable[[Array], Array]], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+
+    def restrict(self, pattern: Pattern) -> Rule:
+        """The same rule, in which a key must also satisfy ``pattern``."""
+        return dataclasses.replace(self, patterns=(*self.patterns, pattern))
+
+    def tap(self, name: str, array: Array) -> Array:
+        """``array`` as rewritten by the taps placed on ``name``: "logits" and "probs" [B H N M],
+        "heads" [B N H E]. Identity by default."""
+        for place, function in self.taps:
+            if place == name:
+                array = function(array)
+        return array
+
+    @property
+    def observed(self) -> bool:
+        """A tap wants the whole [B H N M] array, so only a dense form can serve it."""
+        return any(place in ("logits", "probs") for place, _ in self.taps)
+
+    def rotate(self, z: Array, pos: Array, side: str) -> Array:
+        """Queries or keys [B N heads D] as the position module turns them."""
+        return self.position.rotate(self.params, z, pos, side)
+
+    def bias(self, q: Array, q_pos: Array, k_pos: Array) -> Array | None:
+        """The position module's addition to the logits; see `Position.bias`."""
+        return self.position.bias(self.params, q, q_pos, k_pos)
+
+    def allowed(self, queries: Queries, keys: Keys) -> Array:
+        """Which keys each query may see: bool [B N M]."""
+        return self.visible(queries.pos, queries.seg, keys.pos, keys.seg)
+
+    def visible(self, q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array) -> Array:
+        """`allowed` from positions and segments alone: [B N], [B N], [B M], [B M] -> [B N M]."""
+        i, j = q_pos[:, :, None], k_pos[:, None, :]
+        seen = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] >= 0)
+        if self.causal:
+            seen &= j <= i
+        for pattern in self.patterns:
+            seen &= pattern.visible(i, j)
+        return seen
+
+    def product(self, q: Array, k: Array) -> Array:
+        """Scaled, capped q kᵀ in f32, heads first: [B H N D], [B G M D] -> [B H N M]."""
+        B, H, N, D = q.shape
+        G, M = k.shape[1:3]
+        scale = D**-0.5 if self.scale is None else self.scale
+        z = jnp.einsum(
+            "bgnd,bgmd->bgnm",
+            q.reshape(B, G, H // G * N, D),
+            k,
+            preferred_element_type=jnp.float32,
+        ).reshape(B, H, N, M)
+        z *= scale
+        return jnp.tanh(z / self.soft_cap) * self.soft_cap if self.soft_cap else z
+
+    def biased(self, q: Array, k: Array, q_pos: Array, k_pos: Array) -> Array:
+        """`product` plus the position bias, before any mask; arguments as for both."""
+        z = self.product(q, k)
+        bias = self.bias(q, q_pos, k_pos)
+        return z if bias is None else z + bias
+
+    def logits(self, queries: Queries, keys: Keys) -> Array:
+        """Rotate, product, bias, tap, mask: f32 [B H N M], `MASK` where a key is not seen."""
+        queries, keys = queries.cleared(), keys.cleared()
+        q = self.rotate(queries.q, queries.pos, "query").swapaxes(1, 2)
+        k = self.rotate(keys.k, keys.pos, "key").swapaxes(1, 2)
+        z = self.tap("logits", self.biased(q, k, queries.pos, keys.pos))
+        return jnp.where(self.allowed(queries, keys)[:, None], z, MASK)
+
+
+@dataclass(frozen=True)
+class Nowhere(Position):
+    """No position information; the default of a bare `Rule`."""
+
+
+_NOWHERE = Nowhere()
+
+
+class Mechanism:
+    """Base of attention mechanisms: frozen dataclasses whose fields are their config schema.
+
+    Equal values hash equal, so jit does not retrace. A subclass gives `__call__`, `reference`,
+    `cost` and `flops`, and whatever else applies.
+    """
+
+    cost: ClassVar[Cost]
+
+    def init(self, key: Array, dims: Dims) -> Any:
+        """Learned parameters of one layer (a pytree, ``{}`` when there are none)."""
+        return {}
+
+    def initial_state(self, dims: Dims, batch: int, dtype: Any = jnp.float32) -> Any:
+        """The state before the first token. ``()`` means that decoding needs the whole past, which
+        the model then keeps as a `Keys` buffer; anything else means that the mechanism is handed
+        only the new tokens and remembers what it needs."""
+        return ()
+
+    def __call__(
+        self,
+        params: Any,
+        queries: Queries,
+        keys: Keys,
+        rule: Rule,
+        state: Any = (),
+        *,
+        x: Array | None = None,
+        key: Array | None = None,
+    ) -> Result:
+        """Attend. The same call serves training, segment recurrence and decoding.
+
+        ``state=()`` means no past. ``x`` [B N width] is the block's input, for gates and routers;
+        ``key`` a PRNG key for mechanisms that draw. In a call with as many keys as queries both
+        are the same tokens, in order.
+        """
+        raise NotImplementedError
+
+    def reference(
+        self,
+        params: Any,
+        queries: Queries,
+        keys: Keys,
+        rule: Rule,
+        state: Any = (),
+        *,
+        x: Array | None = None,
+        key: Array | None = None,
+    ) -> Result:
+        """The equations, literally, with dense arrays: slow, obvious, the oracle of the tests."""
+        raise NotImplementedError
+
+    def limit(self, length: int) -> Mechanism | None:
+        """This mechanism with the fields at which it *is* softmax attention for sequences of
+        ``length`` tokens, or None if there are none."""
+        return None
+
+    def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
+        """Floating-point operations of one forward pass over one sequence, projections apart
+        (a multiply-add counts two; pairs that the mask hides are not counted)."""
+        raise NotImplementedError
+
+    @classmethod
+    def examples(cls) -> tuple[Mechanism, ...]:
+        """Small instances that together visit every branch at some 32 tokens; the test battery
+        runs on them."""
+        return (cls(),)
+
+
+mechanisms: Registry[Mechanism] = Registry("attnlab.mechanisms", Mechanism)
+positions: Registry[Position] = Registry("attnlab.positions", Position)

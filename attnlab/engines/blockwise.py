@@ -1,0 +1,198 @@
+"""Exact attention for any Rule in O(N + M) memory: online softmax over tiles, own backward pass.
+
+For every tile of queries only the tiles of keys that the rule can reach are visited, whatever
+order the tokens are in: reach is computed from the positions and segments that the tokens carry.
+A causal mask halves the work, a window makes it linear, and packed documents skip each other.
+
+Forward, for the visited key tiles t of one query tile:
+    m' = max(m, max z_t),  l' = l e^(m-m') + Σ e^(z_t-m'),  o' = o e^(m-m') + e^(z_t-m') v_t
+and out = o / l, lse = m + ln l. Backward recomputes p = e^(z-lse) tile by tile:
+    dv = pᵀ do,  dz = p ∘ (do vᵀ − rowsum(do ∘ o) + dlse),  (dq, dk, dparams) = the rule's own VJP.
+Source: Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, 2112.05682; Dao et al., 2205.14135.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.core import MASK, Array, Keys, Queries, Rule
+from attnlab.engines import dense
+
+LOGITS_IN_FLIGHT = 2**20
+"""Most logits alive at once (B H tile² f32: 4 MiB), about what the cache of a CPU core holds."""
+
+
+def attend(
+    queries: Queries, keys: Keys, rule: Rule, tile: int | None = None
+) -> tuple[Array, Array]:
+    """softmax(logits) v for any lengths N, M and any `Rule`; a row with no visible key gives 0.
+
+    ``tile`` bounds the tokens per tile (chosen by shape when None). Returns ``out`` [B N H E] in
+    the dtype of the queries and ``lse`` [B H N] f32 (`MASK` for an empty row), so that parts over
+    different keys can be merged. Cost: O(visited pairs) time, O(N + M) memory. A rule whose taps
+    want whole logits or probabilities is served by `dense`.
+    """
+    if rule.observed:
+        out, lse, _ = dense.attend(queries, keys, rule)
+        return out, lse
+    queries, keys = queries.cleared(), keys.cleared()
+    B, N, H, _ = queries.q.shape
+    M = keys.k.shape[1]
+    q_tile, k_tile = tile_size(N, B * H, tile), tile_size(M, B * H, tile)
+    seen_by = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
+    seen = Tokens(_tiles(keys.pos, k_tile, 0), _tiles(keys.seg, k_tile, -1))
+    out, lse = _attend(
+        rule,
+        _head_tiles(rule.rotate(queries.q, queries.pos, "query"), q_tile),
+        _head_tiles(rule.rotate(keys.k, keys.pos, "key"), k_tile),
+        _head_tiles(keys.v, k_tile),
+        seen_by,
+        seen,
+    )
+    out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]
+    lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
+    return rule.tap("heads", out.astype(queries.q.dtype)), lse
+
+
+def tile_size(length: int, rows: int, limit: int | None = None) -> int:
+    """Tokens per tile for ``rows`` = B H simultaneous heads: large enough to keep the cores busy,
+    small enough to stay in cache, and dividing ``length`` with little padding."""
+    if limit is None:
+        limit = max(64, min(512, 1 << (int((LOGITS_IN_FLIGHT / rows) ** 0.5).bit_length() - 1)))
+    tile = -(-length // -(-length // limit))
+    return tile if tile <= 8 or tile == length else min(limit, -(-tile // 8) * 8)
+
+
+class Tokens(NamedTuple):
+    """Positions and segments of tiled tokens: [tiles B tile] int32 each."""
+
+    pos: Array
+    seg: Array
+
+
+def reach(rule: Rule, queries: Tokens, keys: Tokens) -> Array:
+    """Which key tile holds a key that some query of a query tile may see: bool [n_q n_k],
+    conservative (True where only the bounds of positions and segments overlap)."""
+
+    def bounds(tokens: Tokens, values: Array) -> tuple[Array, Array]:
+        full, far = tokens.seg >= 0, jnp.iinfo(jnp.int32).max
+        low = jnp.min(jnp.where(full, values, far), -1)
+        return low, jnp.max(jnp.where(full, values, -far), -1)
+
+    (a, b), (c, d) = bounds(queries, queries.seg), bounds(keys, keys.seg)
+    near = (a[:, None] <= d[None]) & (c[None] <= b[:, None])
+    (a, b), (c, d) = bounds(queries, queries.pos), bounds(keys, keys.pos)
+    if rule.causal:
+        near &= c[None] <= b[:, None]
+    for pattern in rule.patterns:
+        near &= pattern.reaches(a[:, None], b[:, None], c[None], d[None])
+    return jnp.any(near, -1)
+
+
+def _tiles(z: Array, tile: int, fill: int) -> Array:
+    """[B N ...] -> [tiles B tile ...], padded with ``fill``."""
+    B, N = z.shape[:2]
+    z = jnp.pad(z, [(0, 0), (0, -N % tile)] + [(0, 0)] * (z.ndim - 2), constant_values=fill)
+    return jnp.moveaxis(z.reshape(B, -1, tile, *z.shape[2:]), 1, 0)
+
+
+def _head_tiles(z: Array, tile: int) -> Array:
+    """[B N heads D] -> [tiles B heads tile D]."""
+    return jnp.swapaxes(_tiles(z, tile, 0), 2, 3)
+
+
+def _visits(near: Array) -> tuple[Array, Array]:
+    """For each row of a bool table: the columns to visit, first in the list, and their number."""
+    return jnp.argsort(~near, axis=1, stable=True), jnp.sum(near, 1)
+
+
+def _grouped(z: Array, groups: int) -> Array:
+    """[B H t X] -> [B G (H/G t) X]: the heads that share a kv head become rows of one matmul."""
+    B, _, _, X = z.shape
+    return z.reshape(B, groups, -1, X)
+
+
+def _at(i: Array, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(lax.dynamic_index_in_dim(z, i, 0, keepdims=False) for z in arrays)
+
+
+@jax.custom_vjp
+def _attend(rule: Rule, q: Array, k: Array, v: Array, asking: Tokens, answering: Tokens):
+    """Tiles of heads in, tiles of ``out`` (f32) and ``lse`` out; see `attend`."""
+    G, E = v.shape[2], v.shape[-1]
+
+    def query_tile(_, xs):
+        q, q_pos, q_seg, order, count = xs
+
+        def step(t, carry):
+            top, total, out = carry
+            k_t, v_t, k_pos, k_seg = _at(order[t], k, v, *answering)
+            seen = rule.visible(q_pos, q_seg, k_pos, k_seg)[:, None]
+            z = jnp.where(seen, rule.biased(q, k_t, q_pos, k_pos), MASK)
+            new_top = jnp.maximum(top, jnp.max(z, -1))
+            shrink = jnp.exp(top - new_top)
+            weight = jnp.where(seen, jnp.exp(z - new_top[..., None]), 0.0)
+            part = jnp.einsum(
+                "bgnm,bgme->bgne",
+                _grouped(weight, G).astype(v.dtype),
+                v_t,
+                preferred_element_type=jnp.float32,
+            )
+            out = out * shrink[..., None] + part.reshape(out.shape)
+            return new_top, total * shrink + jnp.sum(weight, -1), out
+
+        rows = q.shape[:3]
+        start = (jnp.full(rows, MASK), jnp.zeros(rows), jnp.zeros((*rows, E)))
+        top, total, out = lax.fori_loop(0, count, step, start)
+        safe = jnp.where(total > 0, total, 1.0)
+        return None, (out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), MASK))
+
+    visits = _visits(reach(rule, asking, answering))
+    return lax.scan(query_tile, None, (q, *asking, *visits))[1]
+
+
+def _forward(rule, q, k, v, asking, answering):
+    out, lse = _attend(rule, q, k, v, asking, answering)
+    return (out, lse), (rule, q, k, v, asking, answering, out, lse)
+
+
+def _backward(residuals, cotangents):
+    rule, q, k, v, asking, answering, out, lse = residuals
+    d_out, d_lse = cotangents
+    delta = jnp.sum(d_out * out, -1) - d_lse
+    d_out = d_out.astype(v.dtype)
+    G = v.shape[2]
+
+    def key_tile(carry, xs):
+        k, v, k_pos, k_seg, order, count = xs
+
+        def step(t, carry):
+            dq, d_rule, dk, dv = carry
+            i = order[t]
+            q_i, q_pos, q_seg, lse_i, delta_i, do_i = _at(i, q, *asking, lse, delta, d_out)
+            z, pull = jax.vjp(lambda rule, q, k: rule.biased(q, k, q_pos, k_pos), rule, q_i, k)
+            seen = rule.visible(q_pos, q_seg, k_pos, k_seg)[:, None]
+            p = jnp.where(seen, jnp.exp(z - lse_i[..., None]), 0.0)
+            do_g = _grouped(do_i, G)
+            dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+            dv += dot("bgnm,bgne->bgme", _grouped(p, G).astype(v.dtype), do_g)
+            dp = dot("bgne,bgme->bgnm", do_g, v).reshape(p.shape)
+            add_rule, add_q, add_k = pull(p * (dp - delta_i[..., None]))
+            dq_i = lax.dynamic_index_in_dim(dq, i, 0, keepdims=False) + add_q
+            dq = lax.dynamic_update_index_in_dim(dq, dq_i, i, 0)
+            return dq, jax.tree.map(jnp.add, d_rule, add_rule), dk + add_k, dv
+
+        start = (*carry, jnp.zeros(k.shape), jnp.zeros(v.shape))
+        dq, d_rule, dk, dv = lax.fori_loop(0, count, step, start)
+        return (dq, d_rule), (dk.astype(k.dtype), dv.astype(v.dtype))
+
+    visits = _visits(reach(rule, asking, answering).T)
+    start = (jnp.zeros(q.shape), jax.tree.map(jnp.zeros_like, rule))
+    (dq, d_rule), (dk, dv) = lax.scan(key_tile, start, (k, v, *answering, *visits))
+    return d_rule, dq.astype(q.dtype), dk, dv, None, None
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,42 @@
+"""Exact softmax attention, every key visible: the baseline of the laboratory."""
+
+from dataclasses import dataclass
+
+from attnlab.core import Cost, Dims, Mechanism, Result, count_pairs
+from attnlab.engines import blockwise, dense
+from attnlab.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Softmax(Mechanism):
+    """Exact attention over all visible keys: softmax(q kᵀ / √D) v.
+
+    Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
+    Cost: O(N M (D + E)) time, O(N + M) memory (tiles are recomputed in the backward pass); decoding
+    keeps all keys and values. Source: Vaswani et al., arXiv 1706.03762.
+    """
+
+    tile: int | None = None  # tokens per tile at most; None chooses by shape
+
+    cost = Cost(time=2, memory=1, state=1)
+
+    def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        out, lse = blockwise.attend(queries, keys, rule, self.tile)
+        return Result(out, state, {"lse": lse})
+
+    def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        out, lse, probs = dense.attend(queries, keys, rule)
+        return Result(out, state, {"lse": lse, "probs": probs})
+
+    def limit(self, length: int):
+        return self
+
+    def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
+        return (
+            2.0 * dims.heads * (dims.key_dim + dims.value_dim) * count_pairs(length, None, causal)
+        )
+
+    @classmethod
+    def examples(cls):
+        return (cls(), cls(tile=8))

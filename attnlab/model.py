@@ -1,0 +1,236 @@
+"""The small Transformer that every mechanism is plugged into; the only file that imports Linen.
+
+    x = embed(tokens) √width;  per layer  x += attention(norm x),  x += mlp(norm x);  logits =
+    norm(x) embedᵀ
+
+pre-norm RMSNorm, no biases, f32 parameters, computation in ``dtype``, f32 logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attnlab.core import Array, Dims, Keys, Mechanism, Position, Queries, Rule
+
+ACTIVATIONS = {"swiglu": nn.silu, "gelu": nn.gelu}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and switches of the network around the mechanism; its fields are `config.model`."""
+
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 64
+    mlp: str = "swiglu"
+    mlp_width: int = 704
+    dropout: float = 0.0
+    qk_norm: bool = False
+    tied: bool = True
+    remat: bool = False
+    dtype: str = "float32"
+    causal: bool = True
+
+    @property
+    def dims(self) -> Dims:
+        return Dims(self.width, self.heads, self.kv_heads, self.head_dim, self.head_dim)
+
+
+class Memory(NamedTuple):
+    """What one layer remembers between calls: all ``keys`` with the number of slots in use, or the
+    mechanism's own compact ``state``."""
+
+    keys: Keys | None
+    used: Array
+    state: Any
+
+
+class Extras(NamedTuple):
+    """What a pass yields besides its output: one `Memory` and one ``aux`` dict per layer."""
+
+    memory: tuple[Memory | None, ...]
+    aux: tuple[dict[str, Any], ...]
+
+
+def initial_memory(
+    architecture: Architecture, mechanisms: tuple[Mechanism, ...], batch: int, length: int
+) -> tuple[Memory, ...]:
+    """Empty memories for ``length`` tokens in all; a compact state has its own fixed size."""
+    dims, dtype, zero = architecture.dims, jnp.dtype(architecture.dtype), jnp.zeros((), jnp.int32)
+    memories = []
+    for mechanism in mechanisms:
+        state = mechanism.initial_state(dims, batch, dtype)
+        keys = Keys.empty(dims, batch, length, dtype) if state == () else None
+        memories.append(Memory(keys, zero, state))
+    return tuple(memories)
+
+
+def _dense(features: int, scale: float, dtype: str, name: str) -> nn.Dense:
+    init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
+    return nn.Dense(features, use_bias=False, kernel_init=init, dtype=dtype, name=name)
+
+
+class Attention(nn.Module):
+    """One layer's projections, cache and mechanism: x [B N width] -> ([B N width], memory, aux)."""
+
+    architecture: Architecture
+    mechanism: Mechanism
+    position: Position
+
+    @nn.compact
+    def __call__(self, x, pos, seg, position_params, memory, taps):
+        a, B, N = self.architecture, *x.shape[:2]
+
+        def project(name: str, heads: int) -> Array:
+            z = _dense(heads * a.head_dim, 1.0, a.dtype, name)(x).reshape(B, N, heads, -1)
+            normed = a.qk_norm and name != "value"
+            return nn.RMSNorm(dtype=a.dtype, name=f"{name}_norm")(z) if normed else z
+
+        queries = Queries(project("query", a.heads), pos, seg)
+        keys = Keys(project("key", a.kv_heads), project("value", a.kv_heads), pos, seg)
+        if position_params is None:
+            position_params = self.param("position", self.position.init, a.dims)
+        rule = Rule(position_params, self.position, a.causal, taps=taps)
+        params = self.param("mechanism", self.mechanism.init, a.dims)
+        state, used = (), None
+        if memory is not None:
+            state, used = memory.state, memory.used + N
+            if memory.keys is not None:
+                keys = _written(memory.keys, keys, memory.used)
+        draw = self.make_rng("attention") if self.has_rng("attention") else None
+        result = self.mechanism(params, queries, keys, rule, state, x=x, key=draw)
+        if memory is not None:
+            kept = None if memory.keys is None else keys
+            memory = Memory(kept, used, result.state)
+        out = _dense(a.width, 0.5 / a.layers, a.dtype, "out")(result.out.reshape(B, N, -1))
+        return out, memory, result.aux
+
+
+def _written(buffer: Keys, new: Keys, start: Array) -> Keys:
+    """``buffer`` with ``new`` tokens in the slots from ``start`` on."""
+
+    def write(old: Array, z: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, z.astype(old.dtype), start, 1)
+
+    return jax.tree.map(write, buffer, new)
+
+
+class Mlp(nn.Module):
+    """SwiGLU: (silu(x W) ∘ x U) V, or GELU: gelu(x W) V."""
+
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(self, x):
+        a = self.architecture
+        z = ACTIVATIONS[a.mlp](_dense(a.mlp_width, 1.0, a.dtype, "gate")(x))
+        if a.mlp == "swiglu":
+            z *= _dense(a.mlp_width, 1.0, a.dtype, "up")(x)
+        return _dense(a.width, 0.5 / a.layers, a.dtype, "down")(z)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each normalised before and added after."""
+
+    architecture: Architecture
+    mechanism: Mechanism
+    position: Position
+    train: bool
+    taps: tuple
+
+    @nn.compact
+    def __call__(self, x, pos, seg, position_params, memory):
+        a = self.architecture
+        drop = nn.Dropout(a.dropout, deterministic=not self.train)
+        attention = Attention(a, self.mechanism, self.position, name="attention")
+        z = nn.RMSNorm(dtype=a.dtype, name="attention_norm")(x)
+        z, memory, aux = attention(z, pos, seg, position_params, memory, self.taps)
+        x += drop(z)
+        x += drop(Mlp(a, name="mlp")(nn.RMSNorm(dtype=a.dtype, name="mlp_norm")(x)))
+        return x, memory, aux
+
+
+class Backbone(nn.Module):
+    """Tokens [B N] to hidden states [B N width]; ``mechanisms`` has one entry per layer."""
+
+    architecture: Architecture
+    vocab_size: int
+    mechanisms: tuple[Mechanism, ...]
+    position: Position
+
+    def setup(self):
+        a = self.architecture
+        init = nn.initializers.normal(a.width**-0.5)
+        self.embedding = nn.Embed(self.vocab_size, a.width, embedding_init=init, dtype=a.dtype)
+        if self.position.shared:
+            self.position_params = self.param("position", self.position.init, a.dims)
+        self.norm = nn.RMSNorm(dtype=a.dtype)
+
+    @nn.compact
+    def __call__(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
+        a = self.architecture
+        shared = self.position_params if self.position.shared else None
+        x = self.embedding(tokens) * jnp.asarray(a.width**0.5, a.dtype)
+        x = self.position.embed(shared or {}, x, pos)
+        x = nn.Dropout(a.dropout, deterministic=not train)(x)
+        memory = memory or (None,) * len(self.mechanisms)
+        block, after, aux = nn.remat(Block) if a.remat else Block, [], []
+        for i, (mechanism, past) in enumerate(zip(self.mechanisms, memory)):
+            layer = block(a, mechanism, self.position, train, taps, name=f"layer_{i}")
+            x, past, extra = layer(x, pos, seg, shared, past)
+            after.append(past)
+            aux.append(extra)
+        return self.norm(x), Extras(tuple(after), tuple(aux))
+
+
+class Transformer(nn.Module):
+    """A language model: tokens [B N] to f32 logits [B N vocab_size] of the next token.
+
+    ``pos`` and ``seg`` [B N] as in `attnlab.core`; ``memory`` from `initial_memory` to continue a
+    sequence. Returns ``(logits, Extras)``.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    mechanisms: tuple[Mechanism, ...]
+    position: Position
+
+    def setup(self):
+        a = self.architecture
+        self.backbone = Backbone(a, self.vocab_size, self.mechanisms, self.position)
+        if not a.tied:
+            self.head = _dense(self.vocab_size, 1.0, a.dtype, "head")
+
+    def __call__(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
+        x, extras = self.backbone(tokens, pos, seg, memory, train=train, taps=taps)
+        logits = self.backbone.embedding.attend(x) if self.architecture.tied else self.head(x)
+        return logits.astype(jnp.float32), extras
+
+
+class Classifier(nn.Module):
+    """A bidirectional encoder: tokens [B N] to f32 logits [B classes], from the mean of the hidden
+    states over the tokens with ``seg`` >= 0. Returns ``(logits, Extras)``."""
+
+    architecture: Architecture
+    vocab_size: int
+    mechanisms: tuple[Mechanism, ...]
+    position: Position
+    classes: int
+
+    @nn.compact
+    def __call__(self, tokens, pos, seg, *, train=False, taps=()):
+        a = dataclasses.replace(self.architecture, causal=False)
+        backbone = Backbone(a, self.vocab_size, self.mechanisms, self.position, name="backbone")
+        x, extras = backbone(tokens, pos, seg, train=train, taps=taps)
+        full = (seg >= 0)[..., None]
+        count = jnp.maximum(jnp.sum(full, 1), 1)
+        mean = jnp.sum(jnp.where(full, x, 0).astype(jnp.float32), 1) / count
+        return nn.Dense(self.classes, name="head")(mean), extras
