@@ -1,0 +1,88 @@
+"""``attnlab list``: what can be chosen, and everything about one choice."""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from attnlab.errors import UserError, did_you_mean
+from attnlab.literals import text_of
+
+CONFIGURED = {"mechanisms": "attention", "positions": "position"}
+"""The registries whose choices have options, and the config section those options stand in."""
+
+KINDS = (*CONFIGURED, "tasks", "corpora")
+
+
+def show(what: str | None = None) -> None:
+    """Prints the tables of all kinds, of one kind, or the card of one mechanism or position.
+
+    Raises `UserError` for a name that is none of these.
+    """
+    if what in KINDS:
+        _show_kind(what)
+    elif what is not None:
+        print(_card(what))
+    else:
+        for i, kind in enumerate(KINDS):
+            print(f"{kind}:" if i == 0 else f"\n{kind}:")
+            _show_kind(kind)
+        print("\nattnlab list NAME: the equations and options of a mechanism or position")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in aligned columns, indented by two; nothing for no rows."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths)) for row in rows)
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _show_kind(kind: str) -> None:
+    if kind == "corpora":
+        from attnlab.tasks import cli
+
+        cli.run_list()
+    elif kind == "tasks":
+        from attnlab import tasks
+
+        modules = {n: importlib.import_module(f"attnlab.tasks.{n}") for n in tasks.names()}
+        print(table([(name, _summary(module)) for name, module in modules.items()]))
+    else:
+        registry = _registry(kind)
+        things = {name: registry.get(name) for name in registry.names()}
+        if kind == "mechanisms":
+            head = ("name", "time", "memory", "state", "")
+            rows = [(n, *map(_growth, t.cost), _summary(t)) for n, t in things.items()]
+            print(table([head, *rows]))
+        else:
+            print(table([(name, _summary(thing)) for name, thing in things.items()]))
+
+
+def _card(name: str) -> str:
+    """The docstring of a registered class and its options with their defaults."""
+    known = {n: (_registry(kind), kind) for kind in CONFIGURED for n in _registry(kind).names()}
+    if name not in known:
+        hint = did_you_mean(name, [*known, *KINDS])
+        raise UserError(f"nothing called {name!r} to list; {hint}")
+    registry, kind = known[name]
+    cls = registry.get(name)
+    key = CONFIGURED[kind]
+    options = [f"--config.{key}.{f.name}={text_of(f.default)}" for f in dataclasses.fields(cls)]
+    chosen = f"{key}={name}"
+    return "\n".join([chosen, "", inspect.getdoc(cls) or "", "", *(options or ["no options"])])
+
+
+def _registry(kind: str) -> Any:
+    from attnlab import core
+
+    return getattr(core, kind)
+
+
+def _summary(thing: Any) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def _growth(exponent: float) -> str:
+    """1, N, N^1.5: how a cost grows with the length."""
+    return {0: "1", 1: "N"}.get(exponent, f"N^{exponent:g}")

@@ -1,0 +1,257 @@
+"""The command line: ``attnlab train --config=configs/lm.py:attention=window --workdir=runs/a``.
+
+Exit codes: 0 done, 1 a bug of ours, 2 something typed wrong or too large for the machine, 3 data or
+a checkpoint missing or damaged, 130 interrupted, 141 nobody reads the output, 143 terminated.
+Nothing heavy is imported before the command and its flags are known to be good.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnlab import __version__
+from attnlab.errors import AttnlabError, UserError, did_you_mean
+from attnlab.flags import Command, Flag, Line, columns, describe, parse_line
+
+BUG, TYPED, INTERRUPTED, UNREAD = 1, 2, 130, 141
+
+
+def train(line: Line) -> int | None:
+    workdir = line.need("workdir", "runs/first")
+    config = _config(line)
+    from attnlab.train import train
+
+    return train(config=config, workdir=workdir, command=["attnlab", *line.typed])
+
+
+def evaluate(line: Line) -> int | None:
+    workdir = _run(line)
+    from attnlab.evaluate import evaluate
+
+    return evaluate(**{**line.flags, "workdir": workdir})
+
+
+def generate(line: Line) -> int | None:
+    workdir = _run(line)
+    from attnlab.decode import generate
+
+    return generate(**{**line.flags, "workdir": workdir})
+
+
+def plan(line: Line) -> int | None:
+    config = _config(line)
+    from attnlab.plan import plan
+
+    return plan(config)
+
+
+def list_known(line: Line) -> int | None:
+    from attnlab.listing import show
+
+    return show(*line.words)
+
+
+def data(line: Line) -> int | None:
+    verb, *names = line.words or [""]
+    arity = {"list": 0, "get": 1, "info": 1}
+    if verb not in arity:
+        raise UserError(f"attnlab data {verb}: {did_you_mean(verb, arity)}")
+    if len(names) != arity[verb]:
+        raise UserError(f"usage: attnlab data {verb}{' NAME' * arity[verb]}")
+    from attnlab.tasks import cli
+
+    return getattr(cli, f"run_{verb}")(*names)
+
+
+def report(line: Line) -> int | None:
+    if not line.words:
+        raise UserError("attnlab report needs the workdirs to compare: attnlab report runs/*")
+    from attnlab.report import report
+
+    return report(workdirs=line.words, **line.flags)
+
+
+CONFIG = {"config": Flag("a Python file with get_config(arg), or a .json", example="FILE[:ARG]")}
+WORKDIR = {"workdir": Flag("directory of the run", example="DIR")}
+STEP = {"step": Flag("which checkpoint; default the newest", int, "K")}
+
+COMMANDS = {
+    "train": Command(
+        train,
+        "Train, or go on training: the same command resumes. Without --config the config is that "
+        "of the workdir.",
+        {**CONFIG, **WORKDIR},
+        configured=True,
+    ),
+    "evaluate": Command(
+        evaluate,
+        "Score whole held-out documents with the checkpoint of a run.",
+        {
+            **WORKDIR,
+            "split": Flag("train, validation or test (default test)", example="NAME"),
+            "length": Flag("tokens of a window; default that of training", int, "N"),
+            "stride": Flag("tokens scored per window; default all", int, "S"),
+            **STEP,
+        },
+    ),
+    "generate": Command(
+        generate,
+        "Continue a prompt with the checkpoint of a run.",
+        {
+            **WORKDIR,
+            "prompt": Flag("text to continue", example="TEXT"),
+            "tokens": Flag("how many to draw", int, "N"),
+            "temperature": Flag("0 takes the likeliest token", float, "T"),
+            "top_k": Flag("draw from the K likeliest; 0 = off", int, "K"),
+            "top_p": Flag("draw from the likeliest that sum to P; 1 = off", float, "P"),
+            "seed": Flag("of the draws", int, "N"),
+            **STEP,
+        },
+    ),
+    "plan": Command(
+        plan,
+        "Parameters, FLOPs, memory, epochs of a config; refuses what cannot run. Compiles nothing.",
+        {**CONFIG, **WORKDIR},
+        configured=True,
+    ),
+    "list": Command(
+        list_known,
+        "What can be chosen: mechanisms, positions, tasks, corpora; or all about one NAME.",
+        {},
+        "[mechanisms|positions|tasks|corpora|NAME]",
+    ),
+    "data": Command(
+        data, "Corpora: list them, get one, or describe one.", {}, "list|get|info [NAME]"
+    ),
+    "report": Command(
+        report,
+        "Compare finished runs.",
+        {"out": Flag("file to write", example="FILE")},
+        "WORKDIR...",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; errors become one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = any(word in ("--debug", "--debug=true") for word in argv)
+    try:
+        code = _dispatch(argv) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit must not fail again
+        return UNREAD
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else BUG if exit.code else 0
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED, debug)
+    except AttnlabError as error:
+        return _complain(str(error), error.code, debug)
+    except Exception as error:
+        if _out_of_memory(error):
+            return _complain(f"out of memory: {_first_line(error)}; {SMALLER}", TYPED, debug)
+        place = _place(error)
+        hint = "" if debug else "; --debug shows the traceback"
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        return _complain(f"this is a bug in attnlab: {reason} ({place}){hint}", BUG, debug)
+
+
+SMALLER = (
+    "raise --config.optimizer.accumulate, set --config.model.remat=true, lower "
+    "--config.task.batch or --config.task.length; `attnlab plan` estimates the need"
+)
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        if len(argv) > 1 and argv[1] in COMMANDS:
+            print(describe(argv[1], COMMANDS[argv[1]]))
+            return 0
+        commands = columns({name: command.summary for name, command in COMMANDS.items()})
+        print(f"usage: attnlab COMMAND [flags]\n\n{commands}\n\nattnlab COMMAND --help says more.")
+        return 0 if argv else TYPED
+    if argv[0] == "--version":
+        print(f"attnlab {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; {did_you_mean(name, COMMANDS)}")
+    command = COMMANDS[name]
+    if {"--help", "-h"} & set(argv[1:]):
+        print(describe(name, command))
+        return 0
+    line = parse_line(name, command, argv[1:])
+    line.flags.pop("debug", None)
+    _prepare()
+    return command.run(line)
+
+
+def _prepare() -> None:
+    """Log lines to stderr, and compiled programs kept between processes.
+
+    jax reads the variable when it is imported; a directory that cannot be written only costs the
+    compilations.
+    """
+    logging.basicConfig(format="attnlab: %(message)s", level=logging.WARNING)
+    logging.getLogger("attnlab").setLevel(logging.INFO)
+    cache = os.environ.get("ATTNLAB_DATA")
+    cache = cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "attnlab")
+    compiled = os.path.join(os.path.abspath(os.path.expanduser(cache)), "compiled")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+
+
+def _config(line: Line):
+    """The config of ``--config``, else that of the workdir, with the overrides, validated."""
+    from attnlab.limits import validate
+    from attnlab.overrides import load, override
+
+    if "config" not in line.flags and "workdir" not in line.flags:
+        line.need("config", "configs/quickstart.py")
+    config = load(line.flags.get("config") or str(_run(line) / "config.json"))
+    for path, text in line.overrides:
+        override(config, path, text)
+    validate(config)
+    return config
+
+
+def _run(line: Line) -> Path:
+    """The workdir, which must hold a run."""
+    workdir = Path(line.need("workdir", "runs/first")).expanduser()
+    if not (workdir / "config.json").is_file():
+        near = [str(p.parent) for p in workdir.parent.glob("*/config.json")]
+        raise UserError(f"no run in {workdir} (no config.json); {did_you_mean(str(workdir), near)}")
+    return workdir
+
+
+def _complain(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"attnlab: {message}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _place(error: Exception) -> str:
+    """The innermost of our own lines that the error passed through."""
+    package = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if Path(f.filename).is_relative_to(package)]
+    frame = (ours or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
