@@ -32,7 +32,7 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON through `replace_file`; TypeError when JSON cannot hold it."""
+    """Writes `value` as indented JSON in one step; TypeError when JSON cannot hold it."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     replace_file(path, (text + "\n").encode())
 

@@ -5,7 +5,6 @@ values go into its manifest, because an array store would turn an int into an ar
 another precision, and refuses arrays without elements.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -94,19 +93,19 @@ def describe_difference(saved: dict[str, Any], wanted: dict[str, Leaf]) -> str:
 
 def finite(state: Any) -> bool:
     """Whether no floating or complex leaf holds NaN or Inf: one jitted reduction, one bool back."""
-    leaves = [leaf for leaf in jax.tree.leaves(state) if _is_inexact(leaf)]
-    return bool(_all_finite(leaves))
+    leaves = [leaf.value for leaf in flatten_state(state).values()]
+    return bool(_all_finite([value for value in leaves if _is_inexact(value)]))
 
 
 def name_non_finite(state: Any) -> str:
     """The dotted paths of the leaves that hold NaN or Inf; slower than `finite`, for the error."""
-    bad = [path for path, leaf in flatten_state(state).items() if not finite(leaf.value)]
+    bad = [path for path, leaf in flatten_state(state).items() if not finite([leaf.value])]
     return ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
 
 
 @jax.jit
 def _all_finite(leaves: list[Any]) -> jax.Array:
-    return functools.reduce(jnp.logical_and, (jnp.all(jnp.isfinite(x)) for x in leaves), True)
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves], bool))
 
 
 def _describe(spec: dict[str, Any]) -> str:

@@ -185,7 +185,7 @@ class _TensorBoard:
 class _WandB:
     def __init__(self, directory: Path, resume: int | None, config: dict[str, Any]):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(
                 "metrics sink 'wandb' needs the package: pip install 'attnlab[wandb]'"

@@ -1,5 +1,6 @@
 """Being asked to stop: finish the step, save, leave with the code the shell expects."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -48,7 +49,5 @@ class Signals:
         self.received = signal.Signals(number)
         # Not print: the signal may have come in the middle of one.
         message = f"\n{self.received.name}: finishing this step and saving; once more to quit now\n"
-        try:
+        with contextlib.suppress(OSError):
             os.write(2, message.encode())
-        except OSError:
-            pass
