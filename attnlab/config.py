@@ -1,0 +1,270 @@
+"""The experiment as data: sections, defaults, what they build, and what may not be.
+
+A config is a locked `ml_collections.ConfigDict`. Its `attention` and `position` sections are the
+fields of the chosen dataclasses, so a mechanism declares its options once, in its own file. Several
+mechanisms joined by ``+`` are a pattern over the layers, cycled from the first: with
+``attention=window+softmax`` the section holds one sub-section for each of the two.
+"""
+
+import dataclasses
+import itertools
+import json
+import typing
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from attnlab.core import Mechanism, Position, mechanisms, positions
+from attnlab.errors import UserError, did_you_mean
+from attnlab.literals import kind_of, parse, text_of
+from attnlab.registry import Registry
+
+if TYPE_CHECKING:
+    from attnlab.model import Architecture
+
+tasks = Registry("attnlab.tasks")
+
+
+def base(attention: str = "softmax", position: str = "rope") -> ConfigDict:
+    """The defaults that every config file starts from, and the whole schema."""
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "task": {
+                "name": "text",
+                "corpus": "kjv",  # a name of `attnlab list corpora`, text:GLOB or tfds:NAME
+                "tokenizer": "bytes",  # or bpe:SIZE
+                "packing": "packed",
+                "length": 512,  # tokens of a training sequence
+                "batch": 16,  # sequences of an optimizer step, over all devices
+                "fallback": "",  # a corpus to use, with a notice, when `corpus` cannot be fetched
+            },
+            "model": {
+                "width": 256,
+                "layers": 6,
+                "heads": 4,
+                "kv_heads": 4,  # fewer than heads: each serves heads / kv_heads query heads
+                "head_dim": 0,  # 0 = width / heads
+                "mlp": "swiglu",
+                "mlp_width": 0,  # 0 = the customary multiple of width
+                "dropout": 0.0,
+                "qk_norm": True,
+                "tied": True,  # the output projection is the embedding, transposed
+                "remat": False,  # recompute each layer in the backward pass: less memory
+                "dtype": "float32",  # of the activations; parameters are float32
+                "causal": True,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 1e-3,
+                "warmup": 100,  # steps
+                "final_fraction": 0.1,  # learning rate at the last step / at the peak
+                "weight_decay": 0.1,
+                "b1": 0.9,
+                "b2": 0.95,
+                "clip": 1.0,  # global gradient norm; 0 = off
+                "accumulate": 1,  # parts that a batch is computed in: less memory
+                "ema": 0.0,  # decay of the averaged parameters that evaluation uses; 0 = off
+            },
+            "train": {
+                "steps": 1000,
+                "log_every": 10,
+                "eval_every": 200,  # 0 = only at the end; the same for save_every
+                "save_every": 200,
+                "keep": 3,  # newest checkpoints
+                "on_nan": "abort",
+                "tensorboard": True,
+                "wandb": "",  # a project name turns it on
+                "profile_start": 0,
+                "profile_steps": 0,  # 0 = off
+            },
+            "evaluate": {
+                "length": 0,  # 0 = task.length
+                "stride": 0,  # tokens scored per window; 0 = all of them, windows side by side
+                "batch": 16,
+                "tokens": 0,  # at most so many; 0 = the whole split
+            },
+            "sample": {
+                "prompt": "",
+                "tokens": 256,
+                "temperature": 1.0,  # 0 = always the likeliest token
+                "top_k": 0,  # 0 = off
+                "top_p": 1.0,  # 1 = off
+            },
+            "mesh": "data:1",  # axis:size, comma separated; axes are data, fsdp, seq, tensor
+        }
+    )
+    config.attention = section(mechanisms, attention)
+    config.position = section(positions, position)
+    return config.lock()
+
+
+CHOICES = {
+    "task.packing": ("packed", "stream"),
+    "model.mlp": ("swiglu", "gelu"),
+    "model.dtype": ("float32", "bfloat16"),
+    "optimizer.name": ("adamw",),
+    "train.on_nan": ("abort", "skip", "rewind"),
+}
+"""The fields that are one of a few names."""
+
+
+def section(registry: Registry, name: str) -> ConfigDict:
+    """The config section of a registered dataclass: ``name`` and its fields at their defaults.
+
+    A pattern ``a+b`` has ``name`` and one sub-section per distinct part. Raises `UserError` for an
+    unknown name.
+    """
+    if "+" not in name:
+        result = {"name": name, **_defaults(registry.get(name))}
+    elif registry is not mechanisms:
+        raise UserError(f"{registry.kind}={name}: only attention may be a pattern over the layers")
+    else:
+        result = {"name": name} | {k: _defaults(registry.get(p)) for k, p in _parts(name).items()}
+    return ConfigDict(result).lock()
+
+
+def kinds(config: ConfigDict) -> dict[str, Any]:
+    """The type of every field by dotted path: ``{"model.width": int, ...}``.
+
+    Types come from the annotations of the chosen mechanism and position, else from the value.
+    """
+    found = {path: kind_of(value) for path, value in flat(config).items()}
+    for path, registry in (("attention", mechanisms), ("position", positions)):
+        pattern = config[path].name
+        for key, name in _parts(pattern).items():
+            prefix = f"{path}.{key}" if "+" in pattern else path
+            for field, kind in _hints(registry.get(name)).items():
+                found[f"{prefix}.{field}"] = kind
+    return found
+
+
+def mechanisms_of(config: ConfigDict) -> tuple[Mechanism, ...]:
+    """One mechanism per layer, the pattern of `config.attention` cycled from the first layer."""
+    fields = config.attention.to_dict()
+    name = fields.pop("name")
+    if "+" not in name:
+        return (mechanisms.get(name)(**fields),) * config.model.layers
+    built = {part: mechanisms.get(part)(**fields[key]) for key, part in _parts(name).items()}
+    cycle = itertools.cycle(name.split("+"))
+    return tuple(built[part] for part in itertools.islice(cycle, config.model.layers))
+
+
+def position_of(config: ConfigDict) -> Position:
+    """The position module that `config.position` describes."""
+    fields = config.position.to_dict()
+    return positions.get(fields.pop("name"))(**fields)
+
+
+def architecture_of(config: ConfigDict) -> "Architecture":
+    """`config.model` with its zeros resolved.
+
+    ``head_dim`` = width / heads; ``mlp_width`` = 4 width for gelu and, for swiglu, which has three
+    matrices in place of two, 8/3 width rounded up to a multiple of 64.
+    """
+    from attnlab.model import Architecture
+
+    fields = config.model.to_dict()
+    width = fields["width"]
+    fields["head_dim"] = fields["head_dim"] or width // fields["heads"]
+    rule = 4 * width if fields["mlp"] == "gelu" else -(-8 * width // (3 * 64)) * 64
+    fields["mlp_width"] = fields["mlp_width"] or rule
+    return Architecture(**fields)
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """The part after the colon of ``--config=FILE:key=value,...`` over typed defaults.
+
+    Raises `UserError` for an unknown key or a value that is not of its default's type.
+    """
+    result = ConfigDict(defaults)
+    for item in (arg or "").split(","):
+        key, equals, text = item.partition("=")
+        if not item:
+            continue
+        if not equals:
+            raise UserError(f"config argument {item!r} is not of the form key=value")
+        if key not in defaults:
+            raise UserError(f"unknown config argument {key!r}; {did_you_mean(key, defaults)}")
+        result[key] = parse(text, kind_of(defaults[key]), f"config argument {key}")
+    return result
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Leaves by dotted path, in order: ``{"seed": 0, "task.name": "text", ...}``."""
+    result = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            result |= {f"{key}.{path}": leaf for path, leaf in flat(value).items()}
+        else:
+            result[key] = value
+    return result
+
+
+def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Dotted changes, ``model.width: 256 -> 512``; a field that only one side has is ``absent``."""
+    before, after = flat(old), flat(new)
+    paths = dict.fromkeys([*before, *after])
+    shown = [{p: repr(v) for p, v in side.items()} for side in (before, after)]
+    pairs = [(p, *(side.get(p, "absent") for side in shown)) for p in paths]
+    return [f"{path}: {a} -> {b}" for path, a, b in pairs if a != b]
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as a JSON object, for the workdir."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> ConfigDict:
+    """The config that `to_json` wrote, checked against today's schema.
+
+    Raises `UserError` if it is no JSON object or its fields are not those of this version.
+    """
+    try:
+        stored = ConfigDict(json.loads(text))
+        config = base(stored.attention.name, stored.position.name)
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where} is not a config written by attnlab: {error}") from error
+    known, given = flat(config), flat(stored)
+    wrong = [f"unknown {p}" for p in given if p not in known]
+    wrong += [f"missing {p} (now {value!r})" for p, value in known.items() if p not in given]
+    if wrong:
+        raise UserError(
+            f"{where} was written by another version of attnlab: {', '.join(wrong)}; "
+            "correct that file, or run the version named in run.json"
+        )
+    types = kinds(config)
+    for path, value in given.items():
+        put(config, path, parse(text_of(value), types[path], f"{where}: {path}"))
+    return config
+
+
+def put(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets a field whose value `parse` has already checked against its declared type."""
+    with config.ignore_type():
+        config.update_from_flattened_dict({path: value})
+
+
+def _parts(name: str) -> dict[str, str]:
+    """Section key -> registry name of each distinct part of a pattern."""
+    parts: dict[str, str] = {}
+    for part in name.split("+"):
+        key = part.rpartition("/")[2].removesuffix(".py")
+        if parts.setdefault(key, part) != part:
+            raise UserError(f"attention={name}: {parts[key]} and {part} share the name {key!r}")
+    return parts
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass at their defaults: what an instance without arguments holds."""
+    if "name" in _hints(cls):
+        raise TypeError(f"{cls.__qualname__}: the config section uses 'name' for the file name")
+    instance = cls()
+    return {name: getattr(instance, name) for name in _hints(cls)}

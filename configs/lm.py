@@ -1,0 +1,16 @@
+"""Language modelling: bits per byte on whole held-out books.
+
+attnlab train --config=configs/lm.py:attention=window,position=rope --workdir=runs/window
+
+Keys after the colon: attention (``a+b`` alternates over the layers), position, corpus, length.
+"""
+
+from attnlab.config import base, parse_arg
+
+
+def get_config(arg: str | None = None):
+    chosen = parse_arg(arg, attention="softmax", position="rope", corpus="kjv", length=512)
+    config = base(chosen.attention, chosen.position)
+    config.task.corpus = chosen.corpus
+    config.task.length = chosen.length
+    return config
