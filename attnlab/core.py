@@ -77,7 +77,7 @@ class Result(NamedTuple):
 
     out: Array
     state: Any = ()
-    aux: dict[str, Any] = {}
+    aux: Any = None
 
 
 class Dims(NamedTuple):

@@ -1,0 +1,168 @@
+"""Where data lives on this machine, and how a file or directory comes to be whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from attnlab.errors import DataError
+
+MANIFEST = "manifest.json"
+
+
+def data_dir() -> Path:
+    """``$ATTNLAB_DATA``, else ``$XDG_CACHE_HOME/attnlab``, else ``~/.cache/attnlab``."""
+    chosen = os.environ.get("ATTNLAB_DATA")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser().absolute() / "attnlab"
+
+
+def announce(line: str) -> None:
+    """One line to the person at the terminal, on stderr so that it never mixes with results."""
+    print(f"attnlab: {line}", file=sys.stderr, flush=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal; reads 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """A full disk or a forbidden directory becomes a `DataError` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"cannot write under {place}: {reason}; free space or set ATTNLAB_DATA to a "
+            "directory that can be written"
+        ) from error
+
+
+def publish(final: Path, fill: Callable[[Path], dict]) -> None:
+    """Build a directory under a temporary name, seal it with a manifest, rename it into place.
+
+    `fill(directory)` writes the files and returns what the manifest should say about them. An
+    interrupted build leaves only a temporary directory, which the next build sweeps away. When two
+    processes build the same directory, the first rename wins and the other copy is dropped: both
+    are the same by construction.
+    """
+    with storage_errors(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        sweep(final.parent)
+        owner = f"{socket.gethostname()}-{os.getpid()}"
+        temporary = final.parent / f".building-{owner}-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+    try:
+        about = fill(temporary)
+        with storage_errors(final.parent):
+            seal(temporary, about)
+            try:
+                os.rename(temporary, final)
+            except OSError:
+                if not (final / MANIFEST).exists():
+                    raise
+            sync_directory(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what builds that died on this machine left behind."""
+    prefix = f".building-{socket.gethostname()}-"
+    for left in parent.glob(f"{prefix}*"):
+        pid = left.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not process_lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this machine has that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(directory: Path, about: dict) -> None:
+    """Write the manifest (size and SHA-256 of every file) after the files themselves are on disk."""
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        name = path.relative_to(directory).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    content = json.dumps({"about": about, "files": files}, indent=1)
+    write_whole(directory / MANIFEST, content.encode())
+    sync_directory(directory)
+
+
+_verified: dict[Path, int] = {}
+
+
+def verify(directory: Path) -> dict:
+    """Check every file against the manifest and return what the manifest says about them.
+
+    The sums are checked once per process. Raises `DataError` naming the damaged file and the fix.
+    """
+    fix = f"remove the directory {directory} and run again to rebuild it"
+    manifest = directory / MANIFEST
+    try:
+        record = json.loads(manifest.read_bytes())
+        about, files = record["about"], record["files"]
+        stamp = manifest.stat().st_mtime_ns
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"no readable manifest at {manifest}; {fix}") from error
+    if _verified.get(directory) == stamp:
+        return about
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing; {fix}")
+        if path.stat().st_size != expected["bytes"]:
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}; {fix}"
+            )
+        if file_sha256(path) != expected["sha256"]:
+            raise DataError(f"{path} is damaged (its SHA-256 has changed); {fix}")
+    _verified[directory] = stamp
+    return about

@@ -1,0 +1,28 @@
+"""Read ahead by threads, in order: batches are pure functions of the step, so this is all it takes."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def prefetch(make: Callable[[int], T], start: int, *, threads: int = 2, ahead: int = 8) -> Iterator[T]:
+    """``make(start), make(start + 1), ...`` without end, up to `ahead` of them computed early.
+
+    An exception of `make` is raised at its step. Closing the iterator, or dropping it, ends the
+    threads after what they are computing.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+        waiting = deque(pool.submit(make, start + n) for n in range(ahead))
+        start += ahead
+        try:
+            while True:
+                ready = waiting.popleft().result()
+                waiting.append(pool.submit(make, start))
+                start += 1
+                yield ready
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,169 @@
+"""Prepare a corpus once, then open it: a sealed directory keyed by what it was made from.
+
+Layout under the data directory: ``prepared/NAME-KEY/`` holds the ArrayRecord shards that TFDS
+wrote, ``index.json`` and the manifest; ``derived/NAME-KEY/`` what is computed from them.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from attnlab.data.corpora import Source
+from attnlab.data.places import MANIFEST, announce, data_dir, publish, storage_errors, verify
+from attnlab.data.readers import Document
+from attnlab.data.splits import SPLITS, split_bytes, split_documents
+from attnlab.data.textset import CACHE_BYTES, Index, TextSet, TextSplit, record_reader
+from attnlab.errors import DataError
+
+LAYOUT = 1
+
+
+def prepared_name(source: Source) -> str:
+    """Directory name: readable, and different whenever the documents or this layout differ."""
+    key = hashlib.sha256(f"{LAYOUT} {source.fingerprint()}".encode()).hexdigest()[:16]
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')[:40]}-{key}"
+
+
+def open_corpus(source: Source) -> TextSet:
+    """Open the prepared corpus, preparing it first when it is not there.
+
+    Raises `DataError` for an empty corpus, an archive out of reach, or a damaged file.
+    """
+    name = prepared_name(source)
+    directory = data_dir() / "prepared" / name
+    if not (directory / MANIFEST).is_file():
+        publish(directory, lambda temporary: prepare(source, temporary))
+    about = verify(directory)
+    return open_directory(directory, about, data_dir() / "derived" / name)
+
+
+def open_directory(directory: Path, about: dict, cache: Path) -> TextSet:
+    """The splits of a prepared directory whose files are already verified."""
+    import tensorflow_datasets as tfds
+
+    index = json.loads((directory / "index.json").read_bytes())
+    builder = tfds.builder_from_directory(directory / about["shards"])
+    splits = {}
+    for split in SPLITS:
+        entry = Index(**{field: tuple(values) for field, values in index[split].items()})
+        reader = record_reader(builder.as_data_source(split), "text")
+        splits[split] = TextSplit(entry, reader, CACHE_BYTES)
+    return TextSet(splits, about, cache)
+
+
+def prepare(source: Source, directory: Path) -> dict:
+    """Write shards and index of a source into an empty directory; what the manifest should say."""
+    announce(f"preparing {source.name} (once)")
+    began = time.monotonic()
+    sizes, content_hash = measure(source)
+    generators, notes = assign(source, sizes)
+    index = {split: {"documents": [], "records": [], "sizes": []} for split in SPLITS}
+    progress = Progress(source.name, sum(sizes.values()))
+    from attnlab.data import builder
+
+    recording = {
+        split: _recorded(make, index[split], progress, builder.pieces)
+        for split, make in generators.items()
+    }
+    with storage_errors(directory.parent):
+        shards = builder.write(recording, directory)
+        (directory / "index.json").write_text(json.dumps(index))
+    for split in SPLITS:
+        if not index[split]["documents"]:
+            raise DataError(f"{source.name} changed while it was being prepared; run again")
+    announce(
+        f"prepared {source.name}: {len(sizes)} documents, {progress.done:,} bytes "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    return {
+        "corpus": source.name,
+        "licence": source.licence,
+        "description": source.description,
+        "sha256": content_hash,
+        "shards": shards.relative_to(directory).as_posix(),
+        "notes": notes,
+    }
+
+
+def measure(source: Source) -> tuple[dict[str, int], str]:
+    """Bytes of every document that is not empty, and the SHA-256 of all bytes in order."""
+    sizes: dict[str, int] = {}
+    digest = hashlib.sha256()
+    empty = []
+    for name, content in source.documents():
+        if name in sizes:
+            raise DataError(f"{source.name} has two documents named {name!r}")
+        if content:
+            sizes[name] = len(content)
+        else:
+            empty.append(name)
+        digest.update(content)
+    if empty:
+        listed = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        announce(f"{source.name}: left out {len(empty)} empty documents ({listed})")
+    if not sizes:
+        raise DataError(f"{source.name} is empty: {len(empty)} documents, 0 bytes; choose other text")
+    return sizes, digest.hexdigest()
+
+
+def assign(source: Source, sizes: dict[str, int]) -> tuple[dict[str, Callable], list[str]]:
+    """Split -> function that yields its documents, and the remarks worth repeating in reports."""
+
+    def whole(split: str) -> Callable[[], Iterator[Document]]:
+        return lambda: ((n, c) for n, c in source.documents() if placed.get(n) == split)
+
+    def part(split: str) -> Callable[[], Iterator[Document]]:
+        return lambda: (
+            (f"{name}#{split}", content[slice(*split_bytes(len(content))[split])])
+            for name, content in source.documents()
+            if content
+        )
+
+    if len(sizes) >= len(SPLITS):
+        placed = split_documents(sizes)
+        return {split: whole(split) for split in SPLITS}, []
+    for size in sizes.values():
+        split_bytes(size)
+    note = (
+        f"{source.name} has {len(sizes)} document(s): split by bytes inside each, "
+        "first 90 % train, then 5 % validation, last 5 % test"
+    )
+    announce(note)
+    return {split: part(split) for split in SPLITS}, [note]
+
+
+def _recorded(
+    make: Callable, entry: dict[str, list], progress: "Progress", pieces: Callable
+) -> Callable[[], Iterator[Document]]:
+    """The same documents, noted in the index as they pass by."""
+
+    def generate() -> Iterator[Document]:
+        for name, content in make():
+            sizes = [len(piece) for piece in pieces(content)]
+            entry["documents"].append(name)
+            entry["records"].append(len(sizes))
+            entry["sizes"].extend(sizes)
+            progress.add(len(content))
+            yield name, content
+
+    return generate
+
+
+class Progress:
+    """A line every few seconds while bytes go by; plain lines, so that logs stay readable."""
+
+    def __init__(self, name: str, total: int, every: float = 2.0):
+        self.name, self.total, self.every = name, total, every
+        self.done = 0
+        self._last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Count bytes; print when it is time."""
+        self.done += count
+        if time.monotonic() - self._last >= self.every:
+            self._last = time.monotonic()
+            share = 100 * self.done // max(self.total, 1)
+            announce(f"preparing {self.name}: {self.done:,} of {self.total:,} bytes ({share} %)")
