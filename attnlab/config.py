@@ -22,8 +22,6 @@ from attnlab.registry import Registry
 if TYPE_CHECKING:
     from attnlab.model import Architecture
 
-tasks = Registry("attnlab.tasks")
-
 
 def base(attention: str = "softmax", position: str = "rope") -> ConfigDict:
     """The defaults that every config file starts from, and the whole schema."""

@@ -72,8 +72,7 @@ def parse_line(name: str, command: Command, typed: Sequence[str]) -> Line:
         flag, equals, text = word[2:].partition("=")
         override = command.configured and flag.startswith("config.")
         if flag not in known and not override:
-            names = [*known, "config.SECTION.FIELD"] if command.configured else known
-            hint = did_you_mean(flag, names)
+            hint = did_you_mean(f"--{flag}", [f"--{n}" for n in known])
             raise UserError(f"attnlab {name} has no flag --{flag}; {hint}")
         boolean = not override and known[flag].kind is bool
         if not equals and not boolean:

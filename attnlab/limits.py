@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, position_of, tasks
+from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, position_of
 from attnlab.errors import UserError, did_you_mean
+from attnlab.tasks import names as task_names
 
 POSITIVE = (
     "task.length",
@@ -42,7 +43,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_choices(config: ConfigDict) -> None:
-    for path, choices in {**CHOICES, "task.name": tasks.names()}.items():
+    for path, choices in {**CHOICES, "task.name": task_names()}.items():
         value = flat(config).get(path)
         if value is not None and value not in choices:
             raise UserError(f"{path}={value}: {did_you_mean(value, choices)}")

@@ -40,9 +40,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def _show_kind(kind: str) -> None:
     if kind == "corpora":
-        from attnlab.tasks import cli
+        from attnlab.data import tables
 
-        cli.run_list()
+        tables.run_list()
     elif kind == "tasks":
         from attnlab import tasks
 

@@ -5,6 +5,7 @@ a checkpoint missing or damaged, 130 interrupted, 141 nobody reads the output, 1
 Nothing heavy is imported before the command and its flags are known to be good.
 """
 
+import io
 import logging
 import os
 import sys
@@ -61,9 +62,9 @@ def data(line: Line) -> int | None:
         raise UserError(f"attnlab data {verb}: {did_you_mean(verb, arity)}")
     if len(names) != arity[verb]:
         raise UserError(f"usage: attnlab data {verb}{' NAME' * arity[verb]}")
-    from attnlab.tasks import cli
+    from attnlab.data import tables
 
-    return getattr(cli, f"run_{verb}")(*names)
+    return getattr(tables, f"run_{verb}")(*names)
 
 
 def report(line: Line) -> int | None:
@@ -139,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors become one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = any(word in ("--debug", "--debug=true") for word in argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ᵀ is no reason to fail
+            stream.reconfigure(errors="replace")
     try:
         code = _dispatch(argv) or 0
         if sys.stdout is not None:
@@ -200,10 +204,9 @@ def _prepare() -> None:
     """
     logging.basicConfig(format="attnlab: %(message)s", level=logging.WARNING)
     logging.getLogger("attnlab").setLevel(logging.INFO)
-    cache = os.environ.get("ATTNLAB_DATA")
-    cache = cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "attnlab")
-    compiled = os.path.join(os.path.abspath(os.path.expanduser(cache)), "compiled")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+    from attnlab.data.places import data_dir
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(data_dir() / "compiled"))
 
 
 def _config(line: Line):
@@ -225,7 +228,8 @@ def _run(line: Line) -> Path:
     workdir = Path(line.need("workdir", "runs/first")).expanduser()
     if not (workdir / "config.json").is_file():
         near = [str(p.parent) for p in workdir.parent.glob("*/config.json")]
-        raise UserError(f"no run in {workdir} (no config.json); {did_you_mean(str(workdir), near)}")
+        hint = f"; {did_you_mean(str(workdir), near)}" if near else ""
+        raise UserError(f"no run in {workdir} (no config.json){hint}")
     return workdir
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from attnlab.config import CHOICES, base, flat, from_json, kinds, put, section, tasks
+from attnlab.config import CHOICES, base, flat, from_json, kinds, put, section
 from attnlab.core import mechanisms, positions
 from attnlab.errors import AttnlabError, UserError, did_you_mean
 from attnlab.literals import parse
+from attnlab.tasks import names as task_names
 
 ALIASES = {
     "lr": "optimizer.learning_rate",
@@ -89,7 +90,7 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     if path not in known:
         raise UserError(unknown(config, path))
     value = parse(text, known[path], f"--config.{path}")
-    choices = tasks.names() if path == "task.name" else CHOICES.get(path)
+    choices = task_names() if path == "task.name" else CHOICES.get(path)
     if choices and value not in choices:
         raise UserError(f"--config.{path}={text}: not one of {', '.join(choices)}")
     put(config, path, value)

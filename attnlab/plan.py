@@ -1,0 +1,172 @@
+"""What a config will cost, before anything is compiled: parameters, FLOPs, memory, epochs.
+
+Everything is counted on abstract arrays: parameters and decoding memory from the shapes the model
+itself would make, activations from the shapes its backward pass would keep.
+"""
+
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from attnlab.config import architecture_of, mechanisms_of, position_of
+from attnlab.errors import UserError
+from attnlab.limits import validate
+from attnlab.model import Transformer, initial_memory
+
+
+class Estimate(NamedTuple):
+    """``parameters`` by part ("embedding", "layer_0", ..., whatever else the model has);
+    ``matmul_flops`` and ``attention_flops`` of a training step per token (forward, and twice that
+    for the backward pass); bytes of ``decoding`` memory per sequence of the training length; bytes
+    ``fixed`` (parameters, gradients, optimizer) and of ``activations`` during a training step."""
+
+    parameters: dict[str, int]
+    matmul_flops: float
+    attention_flops: float
+    decoding: int
+    fixed: int
+    activations: int
+
+
+def plan(config: ConfigDict) -> None:
+    """Prints the plan of a training run.
+
+    Raises `UserError` for a config that cannot run or needs more memory than the devices have even
+    with an empty batch, `DataError` for data that are missing or too small. Prepares the corpus.
+    """
+    from attnlab import tasks
+
+    validate(config)
+    task = tasks.build(config.task, seed=config.seed)
+    estimate = estimate_cost(config, task.vocab_size)
+    splits = task.info().get("splits", {})
+    tokens = splits.get("train", {}).get("tokens")
+    print(describe(config, estimate, tokens, device_memory()))
+    if estimate.fixed > device_memory():
+        raise UserError(
+            f"parameters, gradients and optimizer need {_bytes(estimate.fixed)}, the devices have "
+            f"{_bytes(device_memory())}; lower model.width or model.layers"
+        )
+
+
+def estimate_cost(config: ConfigDict, vocab_size: int) -> Estimate:
+    """Counts parameters, FLOPs and bytes of a config; traces the model, about a second.
+
+    Activations are what autodiff keeps of one part of the batch, before XLA fuses any of it away.
+    """
+    a, mechanisms = architecture_of(config), mechanisms_of(config)
+    length, optimizer = config.task.length, config.optimizer
+    model = Transformer(a, vocab_size, mechanisms, position_of(config))
+    params = _parameters(model, length)
+    parts = {name: _count(part) for name, part in params["backbone"].items()}
+    parts |= {name: _count(part) for name, part in params.items() if name != "backbone"}
+    multiplied = sum(parts.values()) - (0 if a.tied else parts["embedding"])
+    attention = sum(m.flops(a.dims, length, a.causal) for m in mechanisms) / length
+    state = jax.eval_shape(lambda: initial_memory(a, mechanisms, 1, length))
+    copies = 4 + (optimizer.accumulate > 1) + (optimizer.ema > 0)
+    rows = config.task.batch // optimizer.accumulate
+    return Estimate(
+        parameters=parts,
+        matmul_flops=6.0 * multiplied,
+        attention_flops=3.0 * attention,
+        decoding=_size(state),
+        fixed=copies * _size(params),
+        activations=_residuals(model, params, rows, length),
+    )
+
+
+def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int) -> str:
+    """The plan as text; `tokens` of the training split, if it is finite, and `available` bytes."""
+    task, model, steps = config.task, config.model, config.train.steps
+    layers = [n for name, n in e.parameters.items() if name.startswith("layer_")]
+    per_layer = f"{min(layers):,}" + (f" to {max(layers):,}" * (min(layers) != max(layers)))
+    flops, step = e.matmul_flops + e.attention_flops, task.batch * task.length
+    need = e.fixed + e.activations
+    rows = [
+        ("config", f"attention {config.attention.name}, position {config.position.name}, "
+         f"{model.layers} layers of width {model.width}"),
+        ("parameters", f"{sum(e.parameters.values()):,}: embedding "
+         f"{e.parameters['embedding']:,}, each layer {per_layer}"),
+        ("FLOPs", f"{_si(flops)} per training token (attention {e.attention_flops / flops:.1%}), "
+         f"{_si(flops * step * steps)} for the run"),
+        ("decoding", f"{_bytes(e.decoding)} per sequence of {task.length:,} tokens"),
+        ("memory", f"about {_bytes(need)} to train: parameters, gradients, optimizer "
+         f"{_bytes(e.fixed)}, activations {_bytes(e.activations)}; the devices have "
+         f"{_bytes(available)}"),
+        ("steps", f"{steps:,} of {task.batch} x {task.length:,} = {step:,} tokens"),
+    ]  # fmt: skip
+    if tokens:
+        rows.append(("data", f"{tokens:,} training tokens: {steps * step / tokens:.2f} epochs"))
+    if need > available:
+        advice = "raise optimizer.accumulate, set model.remat=true or lower task.batch"
+        rows.append(("warning", f"this may run out of memory; {advice}"))
+    return "\n".join(f"{name:<12}{text}" for name, text in rows)
+
+
+def device_memory() -> int:
+    """Bytes that all devices have together; on a CPU, the memory of the machine."""
+    devices = jax.local_devices()
+    stats = [device.memory_stats() for device in devices]
+    if all(stats):
+        return sum(s["bytes_limit"] for s in stats if s)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _parameters(model: Transformer, length: int) -> Any:
+    def init():
+        tokens = jnp.zeros((1, length), jnp.int32)
+        return model.init(jax.random.key(0), tokens, tokens, tokens)
+
+    return jax.eval_shape(init)["params"]
+
+
+def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
+    """Bytes between the forward and the backward pass of the loss, parameters themselves apart.
+
+    With `remat`, one layer more, which the backward pass has open at a time.
+    """
+
+    def backward(params):
+        tokens = jnp.zeros((rows, length), jnp.int32)
+        rngs = {"dropout": jax.random.key(0), "attention": jax.random.key(0)}
+
+        def loss(params):
+            logits, _ = model.apply(
+                {"params": params}, tokens, tokens, tokens, train=True, rngs=rngs
+            )
+            return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+        return jax.vjp(loss, params)[1]
+
+    kept = _size(jax.eval_shape(backward, params)) - _size(params)
+    a = model.architecture
+    if a.remat:
+        plain = model.clone(architecture=dataclasses.replace(a, remat=False))
+        kept += _residuals(plain, params, rows, length) // a.layers
+    return max(kept, 0)
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _count(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _bytes(number: float) -> str:
+    return f"{_si(number)}B"
+
+
+def _si(number: float) -> str:
+    """Three digits and a decimal prefix: 29.5 M."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    for prefix in prefixes:
+        if abs(number) < 999.5 or prefix == prefixes[-1]:
+            break
+        number /= 1000
+    return f"{number:.3g} {prefix}"
