@@ -34,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus inside one archive of the package index. `revision` grows when the reader changes."""
+    """A corpus inside one archive of the package index; `revision` grows with its reader."""
 
     name: str
     archive: Archive

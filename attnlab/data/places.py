@@ -53,6 +53,14 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict | None:
+    """What a file kept by `write_whole` holds; None when it is absent or unreadable."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 @contextlib.contextmanager
 def storage_errors(place: Path) -> Iterator[None]:
     """A full disk or a forbidden directory becomes a `DataError` that names the place."""
@@ -74,13 +82,7 @@ def publish(final: Path, fill: Callable[[Path], dict]) -> None:
     processes build the same directory, the first rename wins and the other copy is dropped: both
     are the same by construction.
     """
-    with storage_errors(final.parent):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        sweep(final.parent)
-        owner = f"{socket.gethostname()}-{os.getpid()}"
-        temporary = final.parent / f".building-{owner}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
-    try:
+    with building(final.parent) as temporary:
         about = fill(temporary)
         with storage_errors(final.parent):
             seal(temporary, about)
@@ -90,6 +92,19 @@ def publish(final: Path, fill: Callable[[Path], dict]) -> None:
                 if not (final / MANIFEST).exists():
                     raise
             sync_directory(final.parent)
+
+
+@contextlib.contextmanager
+def building(parent: Path) -> Iterator[Path]:
+    """A temporary directory inside `parent`, gone at the end unless it was renamed."""
+    with storage_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent)
+        owner = f"{socket.gethostname()}-{os.getpid()}"
+        temporary = parent / f".building-{owner}-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -124,7 +139,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def seal(directory: Path, about: dict) -> None:
-    """Write the manifest (size and SHA-256 of every file) after the files themselves are on disk."""
+    """Write the manifest (size and SHA-256 of every file) once the files are on disk."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         with path.open("rb") as file:

@@ -31,7 +31,7 @@ def split_documents(sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def split_bytes(size: int) -> dict[str, tuple[int, int]]:
-    """Split -> (start, stop) inside one document, 90 : 5 : 5, for a corpus of one or two documents."""
+    """Split -> (start, stop) inside a document, 90 : 5 : 5, for a corpus of one or two."""
     held = max(1, int(size * HELD_OUT))
     if size < len(SPLITS):
         raise DataError(f"a document of {size} bytes cannot be split into {', '.join(SPLITS)}")

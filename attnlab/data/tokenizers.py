@@ -61,7 +61,7 @@ def save_tokenizer(directory: Path, record: dict) -> None:
 
 
 def load(directory: Path) -> Tokenizer:
-    """The tokenizer saved in a directory. Raises `DataError` when there is none or it is damaged."""
+    """The tokenizer saved in a directory. Raises `DataError` when there is none to read."""
     path = directory / FILE
     try:
         record = json.loads(path.read_bytes())
