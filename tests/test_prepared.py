@@ -188,6 +188,34 @@ def test_files_that_change_while_being_prepared_are_noticed(corpus, tmp_path, mo
         open_corpus(corpus)
 
 
+def test_a_file_that_vanishes_while_being_prepared_is_a_data_error(corpus, tmp_path, monkeypatch):
+    measure = prepared.measure
+
+    def measure_then_remove(source):
+        found = measure(source)
+        (tmp_path / "files" / "one.txt").unlink()
+        return found
+
+    monkeypatch.setattr(prepared, "measure", measure_then_remove)
+    with pytest.raises(DataError, match="changed while"):
+        open_corpus(corpus)
+
+
+def test_the_split_does_not_depend_on_where_the_files_lie(corpus, tmp_path):
+    here = open_corpus(corpus)
+    (tmp_path / "files").rename(tmp_path / "moved")
+    there = open_corpus(Files(f"{tmp_path}/moved/*.txt"))
+    for split in here.splits:
+        assert here[split].documents == there[split].documents
+
+
+def test_a_build_that_still_runs_is_not_swept_away(tmp_path):
+    with places.building(tmp_path) as first, places.building(tmp_path) as second:
+        assert first.is_dir()
+        assert second.is_dir()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_writer_that_loses_bytes_is_caught_by_reading_back(corpus, monkeypatch):
     pieces = builder.pieces
 
@@ -210,6 +238,6 @@ def test_a_full_disk_names_the_place(corpus, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(builder, "write", full)
-    with pytest.raises(DataError, match="No space left on device.*ATTNLAB_DATA"):
+    with pytest.raises(DataError, match=r"No space left on device.*ATTNLAB_DATA"):
         open_corpus(corpus)
     assert not leftovers(tmp_path)

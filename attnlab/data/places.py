@@ -1,11 +1,11 @@
 """Where data lives on this machine, and how a file or directory comes to be whole or not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -96,37 +96,48 @@ def publish(final: Path, fill: Callable[[Path], dict]) -> None:
 
 @contextlib.contextmanager
 def building(parent: Path) -> Iterator[Path]:
-    """A temporary directory inside `parent`, gone at the end unless it was renamed."""
+    """A temporary directory inside `parent`, gone at the end unless it was renamed.
+
+    Its builder holds a lock on it, which the system drops however the builder ends: that is how
+    the next one knows what was abandoned, across containers and machines too.
+    """
     with storage_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        sweep(parent)
-        owner = f"{socket.gethostname()}-{os.getpid()}"
-        temporary = parent / f".building-{owner}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
+        for left in parent.glob(".building-*"):
+            with locked(left) as abandoned:
+                if abandoned:
+                    shutil.rmtree(left, ignore_errors=True)
+    while True:
+        temporary = parent / f".building-{uuid.uuid4().hex}"
+        with storage_errors(parent):
+            temporary.mkdir()
+        with locked(temporary):
+            if not temporary.exists():  # another builder swept it before it was locked
+                continue
+            try:
+                yield temporary
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory; False when another holds it or locks do not work there."""
     try:
-        yield temporary
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sweep(parent: Path) -> None:
-    """Remove what builds that died on this machine left behind."""
-    prefix = f".building-{socket.gethostname()}-"
-    for left in parent.glob(f"{prefix}*"):
-        pid = left.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not process_lives(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def process_lives(pid: int) -> bool:
-    """Whether a process of this machine has that id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        os.close(handle)
 
 
 def sync_directory(directory: Path) -> None:

@@ -27,7 +27,7 @@ LAYOUT = 1
 def prepared_name(source: Source) -> str:
     """Directory name: readable, and different whenever the documents or this layout differ."""
     key = hashlib.sha256(f"{LAYOUT} {source.fingerprint()}".encode()).hexdigest()[:16]
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')[:40]}-{key}"
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name)[-40:].strip('-')}-{key}"
 
 
 def open_corpus(source: Source) -> TextSet:

@@ -50,5 +50,6 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
     """Columns padded to their widest cell, the last one left as it is."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
+        # File names that are not Unicode cannot be printed as they are.
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        print("  ".join(cells).rstrip())
+        print("  ".join(cells).rstrip().encode("utf-8", "replace").decode())

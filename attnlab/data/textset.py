@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 CACHE_BYTES = 512 << 20
+RECORD_OVERHEAD = 200
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class TextSplit:
         self._read_record = read_record
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._room = cache_bytes
-        self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
 
     @property
@@ -59,9 +59,10 @@ class TextSplit:
         with self._lock:
             if number not in self._cache:
                 self._cache[number] = content
-                self._room -= content.size
+                self._room -= content.size + RECORD_OVERHEAD
                 while self._room < 0 and len(self._cache) > 1:
-                    self._room += self._cache.popitem(last=False)[1].size
+                    oldest = self._cache.popitem(last=False)[1]
+                    self._room += oldest.size + RECORD_OVERHEAD
         return content
 
     def read(self, start: int, stop: int) -> np.ndarray:
