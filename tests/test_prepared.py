@@ -233,6 +233,15 @@ def test_a_writer_that_loses_bytes_is_caught_by_reading_back(corpus, monkeypatch
         open_corpus(corpus)
 
 
+def test_a_writer_that_finds_the_disk_full_names_the_place(corpus, tmp_path, monkeypatch):
+    def full(self, **options):
+        raise RuntimeError("Failed to finalize; write() failed: No space left on device; at 9")
+
+    monkeypatch.setattr(builder.AttnlabText, "download_and_prepare", full)
+    with pytest.raises(DataError, match=r"cannot write under .*Failed to finalize.*ATTNLAB_DATA"):
+        open_corpus(corpus)
+
+
 def test_a_full_disk_names_the_place(corpus, tmp_path, monkeypatch):
     def full(splits, directory):
         raise OSError(28, "No space left on device")

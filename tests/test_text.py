@@ -1,7 +1,8 @@
 """The text task against a slow oracle written from its definition."""
 
+import subprocess
+import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab import tasks
-from attnlab.data import corpora, prefetch
+from attnlab.data import corpora
 from attnlab.data.fetch import Archive
-from attnlab.data.textset import RECORD_OVERHEAD, Index, TextSet, TextSplit
+from attnlab.data.textset import Index, TextSet, TextSplit
 from attnlab.data.tokenizers import ByteTokenizer
 from attnlab.errors import DataError, UserError
 from attnlab.tasks.text import TextTask
@@ -27,7 +28,10 @@ def in_memory(documents, cut=7):
     flat = [piece for document in pieces for piece in document]
     names = tuple(f"d{n}" for n in range(len(documents)))
     index = Index(names, tuple(map(len, pieces)), tuple(map(len, flat)))
-    return TextSplit(index, lambda number: flat[number], cache_bytes=3 * (RECORD_OVERHEAD + 7))
+    return TextSplit(
+        index,
+        lambda number: flat[number],
+    )
 
 
 def make(packing="packed", *, documents=DOCUMENTS, seed=0, length=N, batch=B, tmp_path=None):
@@ -178,41 +182,21 @@ def test_resuming_is_starting_at_another_step(packing):
     resumed.close()
 
 
-def test_closing_the_iterator_ends_its_threads():
+def test_closing_the_batches_ends_their_threads():
     batches = make().batches()
     next(batches)
-    assert any("prefetch" in thread.name for thread in threading.enumerate())
     batches.close()
     assert not any("prefetch" in thread.name for thread in threading.enumerate())
 
 
-def test_an_exception_comes_out_at_its_step_and_ends_the_threads():
-    def fail_at_three(step):
-        if step == 3:
-            raise DataError("step three")
-        return step
-
-    values = prefetch.prefetch(fail_at_three, 0)
-    assert [next(values) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(DataError, match="step three"):
-        next(values)
-    assert not any("prefetch" in thread.name for thread in threading.enumerate())
-
-
-def test_reading_ahead_is_bounded():
-    made = []
-    values = prefetch.prefetch(lambda step: made.append(step) or step, 0, ahead=3)
-    next(values)
-    time.sleep(0.05)
-    values.close()
-    assert max(made) <= 3
-
-
-def test_the_record_cache_stays_within_its_bytes():
-    split = in_memory(DOCUMENTS)
-    for start in range(0, split.size - 9, 5):
-        assert split.read(start, start + 9).tobytes() == b"".join(DOCUMENTS)[start : start + 9]
-        assert len(split._cache) <= 3 + sum(record.size < 7 for record in split._cache.values())
+def test_naming_tasks_and_corpora_imports_nothing_heavy():
+    heavy = "jax flax grain tensorflow_datasets orbax matplotlib tokenizers tensorboardX"
+    code = (
+        "import sys, attnlab.tasks.text, attnlab.data.tables, attnlab.data.catalogue;"
+        f"print([m for m in {heavy.split()} if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_documents_are_given_whole_with_their_counts():

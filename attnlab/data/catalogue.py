@@ -101,7 +101,7 @@ def text_feature(features: Any, wanted: str, named: str) -> str:
         string = isinstance(feature, tfds.features.Text)
         return string or (feature.np_dtype == np.uint8 and len(feature.shape or ()) == 1)
 
-    texts = [name for name, feature in dict(features or {}).items() if is_text(feature)]
+    texts = sorted(name for name, feature in dict(features or {}).items() if is_text(feature))
     if wanted in texts:
         return wanted
     usual = texts if len(texts) == 1 else [name for name in TEXT_NAMES if name in texts]
