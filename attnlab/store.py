@@ -41,7 +41,7 @@ class ArrayStore:
             self._writer.wait_until_finished()
 
     def read(self, folder: Path, placement: dict[str, jax.sharding.Sharding | None]) -> dict:
-        """Every array in `folder` by name, as jax.Array with that sharding, or NumPy for None."""
+        """The named arrays of `folder`, as jax.Array with that sharding, or NumPy for None."""
         import orbax.checkpoint as ocp
 
         if not placement:
@@ -56,7 +56,9 @@ class ArrayStore:
             return reader.restore(
                 folder,
                 args=ocp.args.PyTreeRestore(
-                    item=dict.fromkeys(placement, 0), restore_args=arguments
+                    item=dict.fromkeys(placement, 0),
+                    restore_args=arguments,
+                    partial_restore=True,
                 ),
             )
 
