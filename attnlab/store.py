@@ -32,7 +32,11 @@ class ArrayStore:
 
         if self._writer is None:
             _mute_tracebacks()
-            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            self._writer = ocp.AsyncCheckpointer(
+                ocp.PyTreeCheckpointHandler(),
+                # Made in the background, a folder that cannot be made is waited for 300 seconds.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            )
         self._writer.save(folder, args=ocp.args.PyTreeSave(arrays))
 
     def wait(self) -> None:
