@@ -359,9 +359,10 @@ SAVING = """
 """
 
 
-def test_killing_a_run_in_the_middle_of_saving_never_costs_a_finished_step(tmp_path):
+@pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killing_a_run_in_the_middle_of_saving_never_costs_a_finished_step(tmp_path, times):
     last = 0
-    for _ in range(5):
+    for _ in range(times):
         # -O: no promise may hang on an assert.
         with start_child(SAVING, tmp_path, flags=["-O"], stderr=subprocess.DEVNULL) as child:
             assert child.stdout is not None
