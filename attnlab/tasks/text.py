@@ -93,6 +93,12 @@ class TextTask:
         text = self.text[self._split(split)]
         return text.read(0, text.size).tobytes()
 
+    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+        """General compressors on a split, in bits per byte; see `attnlab.data.compress`."""
+        from attnlab.data.compress import baselines
+
+        return baselines(self.text, split)
+
     def info(self) -> dict:
         """Corpus, licence, SHA-256, and the size of each split in documents, bytes and tokens."""
         splits = {
