@@ -36,8 +36,12 @@ class Evaluated(NamedTuple):
 class TextTask:
     """Batches and documents of one corpus under one tokenizer and one packing.
 
-    Batches hold int32 [B, N]: ``tokens``, ``targets``, ``pos``, ``seg``. ``boundary`` is the id
-    that stands before and after every document.
+    Batches hold int32 [B, N]: ``tokens``, ``targets``, ``pos``, ``seg``; every slot is full. With
+    ``packed``, `pos` and `seg` start anew in every row (so ``pos < N``); with ``stream``, a lane
+    reads on from step to step and they belong to the document (so `pos` grows to its length).
+    ``boundary`` is the id that stands before and after every document.
+    `bytes_per_token` is train bytes over predictions, ends included: bits per byte are nats per
+    prediction / ln 2 / bytes_per_token.
     """
 
     name = "text"
