@@ -3,8 +3,8 @@
 Each document is scored on its own, from its first token to its end mark. A window of ``length``
 tokens moves in strides of ``stride`` and scores the tokens that no earlier window has scored:
 ``stride = length`` is cheapest, smaller strides give every token more context, at least
-``length - stride`` tokens. The last window is moved back so that it is full. With S the sum of the negative
-log-likelihoods in nats over all tokens and end marks,
+``length - stride`` tokens. The last window is moved back so that it is full. With S the sum of the
+negative log-likelihoods in nats over all tokens and end marks,
 
     bits per byte = S / (bytes ln 2),  perplexity per token = e^(S/tokens), per word = e^(S/words)
 

@@ -64,12 +64,12 @@ def initial_memory(
     architecture: Architecture, mechanisms: tuple[Mechanism, ...], batch: int, length: int
 ) -> tuple[Memory, ...]:
     """Empty memories for ``length`` tokens in all; a compact state has its own fixed size."""
-    dims, dtype, zero = architecture.dims, jnp.dtype(architecture.dtype), jnp.zeros((), jnp.int32)
+    dims, dtype = architecture.dims, jnp.dtype(architecture.dtype)
     memories = []
     for mechanism in mechanisms:
         state = mechanism.initial_state(dims, batch, dtype)
         keys = Keys.empty(dims, batch, length, dtype) if state == () else None
-        memories.append(Memory(keys, zero, state))
+        memories.append(Memory(keys, jnp.zeros((), jnp.int32), state))
     return tuple(memories)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.core import Position
@@ -27,7 +28,8 @@ class Rope(Position):
         half = z.shape[-1] // 2
         theta = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
         phase = pos[..., None, None].astype(jnp.float32) * theta
-        cos, sin = jnp.cos(phase), jnp.sin(phase)
+        # The barrier keeps XLA from recomputing both for every head and both halves.
+        cos, sin = jax.lax.optimization_barrier((jnp.cos(phase), jnp.sin(phase)))
         a, b = jnp.split(z.astype(jnp.float32), 2, -1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(z.dtype)
 
