@@ -50,16 +50,18 @@ def plan(line: Line) -> int | None:
 
 
 def list_known(line: Line) -> int | None:
+    if len(line.words) > 1:
+        raise UserError(f"list shows one thing at a time, not {' and '.join(line.words)}")
     from attnlab.listing import show
 
     return show(*line.words)
 
 
 def data(line: Line) -> int | None:
-    verb, *names = line.words or [""]
+    verb, *names = line.words or ["(nothing)"]
     arity = {"list": 0, "get": 1, "info": 1}
     if verb not in arity:
-        raise UserError(f"attnlab data {verb}: {did_you_mean(verb, arity)}")
+        raise UserError(f"data {verb}: {did_you_mean(verb, arity)}")
     if len(names) != arity[verb]:
         raise UserError(f"usage: attnlab data {verb}{' NAME' * arity[verb]}")
     from attnlab.data import tables
@@ -69,7 +71,7 @@ def data(line: Line) -> int | None:
 
 def report(line: Line) -> int | None:
     if not line.words:
-        raise UserError("attnlab report needs the workdirs to compare: attnlab report runs/*")
+        raise UserError("report needs the workdirs to compare, for example attnlab report runs/*")
     from attnlab.report import report
 
     return report(workdirs=line.words, **line.flags)
