@@ -20,7 +20,7 @@ from attnlab.literals import kind_of, parse, text_of
 from attnlab.registry import Registry
 
 if TYPE_CHECKING:
-    from attnlab.model import Architecture
+    from attnlab.model import Architecture, Transformer
 
 
 def base(attention: str = "softmax", position: str = "rope") -> ConfigDict:
@@ -89,7 +89,7 @@ def base(attention: str = "softmax", position: str = "rope") -> ConfigDict:
                 "top_k": 0,  # 0 = off
                 "top_p": 1.0,  # 1 = off
             },
-            "mesh": "data:1",  # axis:size, comma separated; axes are data, fsdp, seq, tensor
+            "mesh": "data:-1",  # axis:size, comma separated; axes data, fsdp; -1 = the devices left
         }
     )
     config.attention = section(mechanisms, attention)
@@ -101,7 +101,7 @@ CHOICES = {
     "task.packing": ("packed", "stream"),
     "model.mlp": ("swiglu", "gelu"),
     "model.dtype": ("float32", "bfloat16"),
-    "optimizer.name": ("adamw",),
+    "optimizer.name": ("adamw", "muon"),
     "train.on_nan": ("abort", "skip", "rewind"),
 }
 """The fields that are one of a few names."""
@@ -171,6 +171,15 @@ def architecture_of(config: ConfigDict) -> "Architecture":
     rule = 4 * width if fields["mlp"] == "gelu" else -(-8 * width // (3 * 64)) * 64
     fields["mlp_width"] = fields["mlp_width"] or rule
     return Architecture(**fields)
+
+
+def model_of(config: ConfigDict, vocab_size: int) -> "Transformer":
+    """The language model of a config, for a tokenizer of ``vocab_size`` ids."""
+    from attnlab.model import Transformer
+
+    return Transformer(
+        architecture_of(config), vocab_size, mechanisms_of(config), position_of(config)
+    )
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:

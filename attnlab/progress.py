@@ -36,7 +36,7 @@ class Progress:
         self._terminal = _is_terminal(self._stream)
         self._drawn: float | None = None  # when the last line was drawn
         self._last: tuple[float, int, int] | None = None  # time, step, tokens
-        self._steps_rate = self._tokens_rate = 0.0
+        self._steps_rate = self.tokens_per_second = 0.0
         self._pending = False
 
     def __enter__(self) -> "Progress":
@@ -80,7 +80,7 @@ class Progress:
             return
         for name, rate in (
             ("_steps_rate", (step - last_step) / (now - then)),
-            ("_tokens_rate", (tokens - last_tokens) / (now - then)),
+            ("tokens_per_second", (tokens - last_tokens) / (now - then)),
         ):
             old = getattr(self, name)
             setattr(self, name, rate if old == 0 else old + SMOOTHING * (rate - old))
@@ -89,8 +89,8 @@ class Progress:
     def _line(self, step: int, shown: dict[str, Any]) -> str:
         parts = [f"step {step}/{self.total}"]
         parts += [f"{name.replace('_', ' ')} {float(v):.3f}" for name, v in shown.items()]
-        if self._tokens_rate > 0:
-            parts.append(f"{_short(self._tokens_rate)} tokens/s")
+        if self.tokens_per_second > 0:
+            parts.append(f"{_short(self.tokens_per_second)} tokens/s")
         if self._steps_rate > 0 and step < self.total:
             parts.append(f"ETA {_duration((self.total - step) / self._steps_rate)}")
         parts.append(f"{memory_in_use() / 2**30:.1f} GiB")

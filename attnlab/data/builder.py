@@ -22,6 +22,13 @@ PIECE = 1 << 18
 Generate = Callable[[], Iterable[Document]]
 
 
+class LocalInfo(tfds.core.DatasetInfo):
+    """Dataset information that is never looked up in the public bucket."""
+
+    def initialize_from_bucket(self) -> None:
+        """Nothing to ask: the set is made here."""
+
+
 class AttnlabText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Features: ``text`` uint8 bytes of the piece, ``doc_id`` its document. Order is kept."""
 
@@ -35,7 +42,7 @@ class AttnlabText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         text = tfds.features.Tensor(
             shape=(None,), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
         )
-        return tfds.core.DatasetInfo(
+        return LocalInfo(
             builder=self,
             features=tfds.features.FeaturesDict({"text": text, "doc_id": tfds.features.Text()}),
             disable_shuffling=True,
@@ -62,11 +69,17 @@ def pieces(content: bytes) -> Iterator[bytes]:
 
 
 def write(splits: Mapping[str, Generate], directory: Path) -> Path:
-    """Write the splits under `directory`; the directory that TFDS reads them from."""
+    """Write the splits under `directory`; the directory that TFDS reads them from.
+
+    Raises `OSError` when the disk does not take them.
+    """
     tfds.disable_progress_bar()
     builder = AttnlabText(splits, directory)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     # What TFDS prints speaks of downloads and of a temporary directory.
     with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_config=config)
+        try:
+            builder.download_and_prepare(download_config=config)
+        except RuntimeError as error:  # how ArrayRecord reports what the system refused
+            raise OSError(str(error).split("; ")[0]) from error
     return Path(builder.data_dir)

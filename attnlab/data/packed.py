@@ -31,7 +31,9 @@ class Packed:
     def row(self, step: int, lane: int) -> tuple[np.ndarray, ...]:
         """(tokens, targets, pos, seg), each int32 [N]."""
         number = step * self._batch + lane
-        start = self.offset(number // self.windows) + int(self._order[number]) * self._length
+        window = self._order[number]
+        assert window is not None
+        start = self.offset(number // self.windows) + int(window) * self._length
         read = self._line.read(start, start + self._length)
         starts = np.flatnonzero(np.diff(read.document, prepend=-1) | (read.pos == 0))
         piece = np.zeros(self._length, np.int32)

@@ -1,11 +1,11 @@
 """Where data lives on this machine, and how a file or directory comes to be whole or not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -53,6 +53,14 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict | None:
+    """What a file kept by `write_whole` holds; None when it is absent or unreadable."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 @contextlib.contextmanager
 def storage_errors(place: Path) -> Iterator[None]:
     """A full disk or a forbidden directory becomes a `DataError` that names the place."""
@@ -74,13 +82,7 @@ def publish(final: Path, fill: Callable[[Path], dict]) -> None:
     processes build the same directory, the first rename wins and the other copy is dropped: both
     are the same by construction.
     """
-    with storage_errors(final.parent):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        sweep(final.parent)
-        owner = f"{socket.gethostname()}-{os.getpid()}"
-        temporary = final.parent / f".building-{owner}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
-    try:
+    with building(final.parent) as temporary:
         about = fill(temporary)
         with storage_errors(final.parent):
             seal(temporary, about)
@@ -90,28 +92,52 @@ def publish(final: Path, fill: Callable[[Path], dict]) -> None:
                 if not (final / MANIFEST).exists():
                     raise
             sync_directory(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(parent: Path) -> None:
-    """Remove what builds that died on this machine left behind."""
-    prefix = f".building-{socket.gethostname()}-"
-    for left in parent.glob(f"{prefix}*"):
-        pid = left.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not process_lives(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+@contextlib.contextmanager
+def building(parent: Path) -> Iterator[Path]:
+    """A temporary directory inside `parent`, gone at the end unless it was renamed.
+
+    Its builder holds a lock on it, which the system drops however the builder ends: that is how
+    the next one knows what was abandoned, across containers and machines too.
+    """
+    with storage_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(".building-*"):
+            with locked(left) as abandoned:
+                if abandoned:
+                    shutil.rmtree(left, ignore_errors=True)
+    while True:
+        temporary = parent / f".building-{uuid.uuid4().hex}"
+        with storage_errors(parent):
+            temporary.mkdir()
+        with locked(temporary):
+            if not temporary.exists():  # another builder swept it before it was locked
+                continue
+            try:
+                yield temporary
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return
 
 
-def process_lives(pid: int) -> bool:
-    """Whether a process of this machine has that id."""
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory; False when another holds it or locks do not work there."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
 
 
 def sync_directory(directory: Path) -> None:
@@ -124,7 +150,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def seal(directory: Path, about: dict) -> None:
-    """Write the manifest (size and SHA-256 of every file) after the files themselves are on disk."""
+    """Write the manifest (size and SHA-256 of every file) once the files are on disk."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         with path.open("rb") as file:

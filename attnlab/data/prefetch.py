@@ -1,4 +1,8 @@
-"""Read ahead by threads, in order: batches are pure functions of the step, so this is all it takes."""
+"""Read ahead by threads, in order.
+
+Batches are pure functions of the step, so there is no iterator state to save: to resume is to start
+at another step.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -8,7 +12,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def prefetch(make: Callable[[int], T], start: int, *, threads: int = 2, ahead: int = 8) -> Iterator[T]:
+def prefetch(
+    make: Callable[[int], T], start: int, *, threads: int = 2, ahead: int = 8
+) -> Iterator[T]:
     """``make(start), make(start + 1), ...`` without end, up to `ahead` of them computed early.
 
     An exception of `make` is raised at its step. Closing the iterator, or dropping it, ends the

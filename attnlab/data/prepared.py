@@ -8,8 +8,11 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from attnlab.data.corpora import Source
 from attnlab.data.places import MANIFEST, announce, data_dir, publish, storage_errors, verify
@@ -24,7 +27,7 @@ LAYOUT = 1
 def prepared_name(source: Source) -> str:
     """Directory name: readable, and different whenever the documents or this layout differ."""
     key = hashlib.sha256(f"{LAYOUT} {source.fingerprint()}".encode()).hexdigest()[:16]
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name).strip('-')[:40]}-{key}"
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', source.name)[-40:].strip('-')}-{key}"
 
 
 def open_corpus(source: Source) -> TextSet:
@@ -42,41 +45,51 @@ def open_corpus(source: Source) -> TextSet:
 
 def open_directory(directory: Path, about: dict, cache: Path) -> TextSet:
     """The splits of a prepared directory whose files are already verified."""
+    index = json.loads((directory / "index.json").read_bytes())
+    return TextSet(open_splits(directory / about["shards"], index), about, cache)
+
+
+def open_splits(shards: Path, index: dict) -> dict[str, TextSplit]:
+    """The splits that TFDS wrote, with what the index says about them."""
     import tensorflow_datasets as tfds
 
-    index = json.loads((directory / "index.json").read_bytes())
-    builder = tfds.builder_from_directory(directory / about["shards"])
+    builder: Any = tfds.builder_from_directory(shards)
     splits = {}
     for split in SPLITS:
         entry = Index(**{field: tuple(values) for field, values in index[split].items()})
         reader = record_reader(builder.as_data_source(split), "text")
         splits[split] = TextSplit(entry, reader, CACHE_BYTES)
-    return TextSet(splits, about, cache)
+    return splits
 
 
 def prepare(source: Source, directory: Path) -> dict:
-    """Write shards and index of a source into an empty directory; what the manifest should say."""
+    """Write shards and index of a source into an empty directory; what the manifest should say.
+
+    The shards are read back and compared before they are trusted: a writer may lose the error of a
+    full disk.
+    """
+    from attnlab.data import builder
+
     announce(f"preparing {source.name} (once)")
     began = time.monotonic()
     sizes, content_hash = measure(source)
     generators, notes = assign(source, sizes)
-    index = {split: {"documents": [], "records": [], "sizes": []} for split in SPLITS}
     progress = Progress(source.name, sum(sizes.values()))
-    from attnlab.data import builder
-
-    recording = {
-        split: _recorded(make, index[split], progress, builder.pieces)
-        for split, make in generators.items()
-    }
+    recorded = {s: Recorded(make, progress, builder.pieces) for s, make in generators.items()}
     with storage_errors(directory.parent):
-        shards = builder.write(recording, directory)
+        shards = builder.write(recorded, directory)
+        index = {split: vars(made.index()) for split, made in recorded.items()}
         (directory / "index.json").write_text(json.dumps(index))
-    for split in SPLITS:
-        if not index[split]["documents"]:
-            raise DataError(f"{source.name} changed while it was being prepared; run again")
+    if progress.done != progress.total:
+        raise DataError(f"{source.name} changed while it was being prepared; run again")
+    for name, split in open_splits(shards, index).items():
+        if sha256_of(split.records()) != recorded[name].digest.hexdigest():
+            raise DataError(
+                f"{shards} does not read back as written; check the disk and its free space"
+            )
+    seconds = time.monotonic() - began
     announce(
-        f"prepared {source.name}: {len(sizes)} documents, {progress.done:,} bytes "
-        f"in {time.monotonic() - began:.1f} s"
+        f"prepared {source.name}: {len(sizes)} documents, {progress.done:,} bytes, {seconds:.1f} s"
     )
     return {
         "corpus": source.name,
@@ -86,6 +99,14 @@ def prepare(source: Source, directory: Path) -> dict:
         "shards": shards.relative_to(directory).as_posix(),
         "notes": notes,
     }
+
+
+def sha256_of(parts: Iterable[np.ndarray]) -> str:
+    """SHA-256 of arrays of bytes, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.data)
+    return digest.hexdigest()
 
 
 def measure(source: Source) -> tuple[dict[str, int], str]:
@@ -105,7 +126,9 @@ def measure(source: Source) -> tuple[dict[str, int], str]:
         listed = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
         announce(f"{source.name}: left out {len(empty)} empty documents ({listed})")
     if not sizes:
-        raise DataError(f"{source.name} is empty: {len(empty)} documents, 0 bytes; choose other text")
+        raise DataError(
+            f"{source.name} is empty: {len(empty)} documents, 0 bytes; choose other text"
+        )
     return sizes, digest.hexdigest()
 
 
@@ -135,21 +158,29 @@ def assign(source: Source, sizes: dict[str, int]) -> tuple[dict[str, Callable], 
     return {split: part(split) for split in SPLITS}, [note]
 
 
-def _recorded(
-    make: Callable, entry: dict[str, list], progress: "Progress", pieces: Callable
-) -> Callable[[], Iterator[Document]]:
-    """The same documents, noted in the index as they pass by."""
+class Recorded:
+    """The documents of a split, noted as they pass by on their way to the shards."""
 
-    def generate() -> Iterator[Document]:
-        for name, content in make():
-            sizes = [len(piece) for piece in pieces(content)]
-            entry["documents"].append(name)
-            entry["records"].append(len(sizes))
-            entry["sizes"].extend(sizes)
-            progress.add(len(content))
+    def __init__(self, make: Callable, progress: "Progress", pieces: Callable):
+        self._make, self._progress, self._pieces = make, progress, pieces
+        self._documents: list[str] = []
+        self._records: list[int] = []
+        self._sizes: list[int] = []
+        self.digest = hashlib.sha256()
+
+    def __call__(self) -> Iterator[Document]:
+        for name, content in self._make():
+            sizes = [len(piece) for piece in self._pieces(content)]
+            self._documents.append(name)
+            self._records.append(len(sizes))
+            self._sizes.extend(sizes)
+            self.digest.update(content)
+            self._progress.add(len(content))
             yield name, content
 
-    return generate
+    def index(self) -> Index:
+        """What has passed by."""
+        return Index(tuple(self._documents), tuple(self._records), tuple(self._sizes))
 
 
 class Progress:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from attnlab.errors import DataError
 
 HELD_OUT = 0.05
+TOO_LARGE = 2 * HELD_OUT
 SPLITS = ("train", "validation", "test")
 
 
@@ -13,13 +14,13 @@ def split_documents(sizes: Mapping[str, int]) -> dict[str, str]:
     """Document name -> split, for at least three documents of `sizes` bytes.
 
     Documents stand in the order of SHA-256 of their names; whole documents fill test until it has
-    5 % of the bytes, then validation, and the rest trains. A document with more than a quarter of
-    all bytes goes to the end of the order, and each split keeps at least one document.
+    5 % of the bytes, then validation, and the rest trains. Documents with more than a tenth of all
+    bytes go to the end of the order, and each split keeps at least one document.
     """
     if len(sizes) < len(SPLITS):
         raise DataError(f"{len(sizes)} documents cannot be split into {', '.join(SPLITS)}")
     total = sum(sizes.values())
-    order = sorted(sizes, key=lambda name: (4 * sizes[name] > total, digest(name)))
+    order = sorted(sizes, key=lambda name: (sizes[name] > TOO_LARGE * total, digest(name)))
     assigned = {}
     for split, kept_back in (("test", 2), ("validation", 1)):
         held = 0
@@ -31,7 +32,7 @@ def split_documents(sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def split_bytes(size: int) -> dict[str, tuple[int, int]]:
-    """Split -> (start, stop) inside one document, 90 : 5 : 5, for a corpus of one or two documents."""
+    """Split -> (start, stop) inside a document, 90 : 5 : 5, for a corpus of one or two."""
     held = max(1, int(size * HELD_OUT))
     if size < len(SPLITS):
         raise DataError(f"a document of {size} bytes cannot be split into {', '.join(SPLITS)}")

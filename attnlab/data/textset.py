@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 CACHE_BYTES = 512 << 20
+RECORD_OVERHEAD = 200
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class TextSplit:
         self._read_record = read_record
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._room = cache_bytes
-        self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
 
     @property
@@ -59,9 +59,10 @@ class TextSplit:
         with self._lock:
             if number not in self._cache:
                 self._cache[number] = content
-                self._room -= content.size
+                self._room -= content.size + RECORD_OVERHEAD
                 while self._room < 0 and len(self._cache) > 1:
-                    self._room += self._cache.popitem(last=False)[1].size
+                    oldest = self._cache.popitem(last=False)[1]
+                    self._room += oldest.size + RECORD_OVERHEAD
         return content
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -77,6 +78,11 @@ class TextSplit:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+
+    def records(self) -> Iterator[np.ndarray]:
+        """Every record in order, past the cache: for one walk over all of the text."""
+        for number in range(len(self.record_ends)):
+            yield np.frombuffer(self._read_record(number), np.uint8)
 
     def document(self, number: int) -> bytes:
         """All bytes of one document."""

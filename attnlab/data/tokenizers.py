@@ -8,7 +8,7 @@ import numpy as np
 
 from attnlab.data.places import write_whole
 from attnlab.data.textset import TextSet
-from attnlab.errors import DataError, UserError
+from attnlab.errors import AttnlabError, DataError, UserError
 
 FILE = "tokenizer.json"
 
@@ -61,18 +61,19 @@ def save_tokenizer(directory: Path, record: dict) -> None:
 
 
 def load(directory: Path) -> Tokenizer:
-    """The tokenizer saved in a directory. Raises `DataError` when there is none or it is damaged."""
+    """The tokenizer saved in a directory. Raises `DataError` when there is none to read."""
     path = directory / FILE
     try:
         record = json.loads(path.read_bytes())
-        name = record["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"no readable tokenizer at {path}; train again to write one") from error
-    if name == ByteTokenizer.name:
-        return ByteTokenizer()
-    from attnlab.data.bpe import BytePairTokenizer
+        if record["name"] == ByteTokenizer.name:
+            return ByteTokenizer()
+        from attnlab.data.bpe import BytePairTokenizer
 
-    return BytePairTokenizer(record["name"], record["model"])
+        return BytePairTokenizer(record["name"], record["model"])
+    except AttnlabError:
+        raise
+    except Exception as error:  # the library raises bare exceptions for a description it rejects
+        raise DataError(f"no readable tokenizer at {path}; train again to write one") from error
 
 
 def make_tokenizer(spec: str, text: TextSet) -> Tokenizer:

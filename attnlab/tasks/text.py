@@ -6,10 +6,12 @@ corpus to use, with an announcement, when the archive is out of reach; empty for
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from attnlab.data.fetch import FetchError
 from attnlab.data.packed import Packed
 from attnlab.data.places import announce
 from attnlab.data.prefetch import prefetch
@@ -17,7 +19,7 @@ from attnlab.data.stream import Stream
 from attnlab.data.textset import TextSet
 from attnlab.data.tokenizers import Tokenizer, make_tokenizer
 from attnlab.data.tokens import DocumentLine, tokenize
-from attnlab.errors import DataError, UserError, did_you_mean
+from attnlab.errors import UserError, did_you_mean
 
 PACKINGS = {"packed": Packed, "stream": Stream}
 
@@ -41,13 +43,22 @@ class TextTask:
     name = "text"
 
     def __init__(
-        self, text: TextSet, tokenizer: Tokenizer, packing: str, *, seed: int, length: int, batch: int
+        self,
+        text: TextSet,
+        tokenizer: Tokenizer,
+        packing: str,
+        *,
+        seed: int,
+        length: int,
+        batch: int,
     ):
         if packing not in PACKINGS:
             raise UserError(f"no packing {packing!r}; {did_you_mean(packing, PACKINGS)}")
         for field, value in (("length", length), ("batch", batch)):
             if value < 1:
                 raise UserError(f"task.{field}={value} must be at least 1")
+        if not 0 <= seed < 1 << 32:
+            raise UserError(f"seed={seed} must lie in 0..{(1 << 32) - 1}")
         self.text, self.tokenizer = text, tokenizer
         self.length, self.batch_size = length, batch
         self.vocab_size, self.boundary = tokenizer.vocab_size, tokenizer.boundary
@@ -57,7 +68,7 @@ class TextTask:
         self._packing = PACKINGS[packing](line, seed=seed, length=length, batch=batch)
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """Rows of the batch of a step: depends on the seed, the step and the rows, on nothing else."""
+        """Rows of the batch of a step: depends on (seed, step, rows) and on nothing else."""
         lanes = range(self.batch_size)[rows if rows is not None else slice(None)]
         columns = zip(*(self._packing.row(step, lane) for lane in lanes))
         return dict(zip(("tokens", "targets", "pos", "seg"), map(np.stack, columns)))
@@ -123,7 +134,9 @@ def open_text(corpus: str, fallback: str = "") -> TextSet:
     substitute = find_source(fallback)
     try:
         return open_corpus(source)
-    except DataError as error:
+    except FetchError as error:
+        note = f"FALLING BACK to {fallback!r}: the numbers will not be those of {corpus!r}"
         announce(f"{error}")
-        announce(f"FALLING BACK to corpus {fallback!r}: numbers will not be those of {corpus!r}")
-        return open_corpus(substitute)
+        announce(note)
+        text = open_corpus(substitute)
+        return replace(text, about={**text.about, "notes": [*text.about["notes"], note]})

@@ -1,0 +1,57 @@
+"""A trained run, opened to be read: its config, model, parameters and tokenizer."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from attnlab.checkpoint import Checkpoints
+from attnlab.config import from_json, model_of
+from attnlab.errors import UserError
+from attnlab.model import Transformer
+from attnlab.optimizer import make_optimizer
+from attnlab.step import init_state
+from attnlab.workdir import Workdir
+
+
+class Run(NamedTuple):
+    """``params`` are those that the run evaluates (the average where one is kept)."""
+
+    config: ConfigDict
+    model: Transformer
+    params: Any
+    step: int
+    tokenizer: Any
+
+    def task(self) -> Any:
+        """The task the run was trained on."""
+        from attnlab import tasks
+
+        return tasks.build(self.config.task, seed=self.config.seed)
+
+
+def open_run(path: str | Path, step: int | None = None) -> Run:
+    """The newest sound checkpoint of the run in ``path``, or that of ``step``.
+
+    Raises `UserError` where there is no run, no checkpoint yet, or not that step; `DataError` where
+    none is sound.
+    """
+    from attnlab.data import tokenizers
+
+    workdir = Workdir.existing(path)
+    file = workdir.path / "config.json"
+    config = from_json(file.read_text(encoding="utf-8"), str(file))
+    tokenizer = tokenizers.load(workdir.path)
+    model = model_of(config, tokenizer.vocab_size)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, config))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=here), shapes
+    )
+    with Checkpoints(workdir.checkpoints) as checkpoints:
+        if not checkpoints.found():
+            raise UserError(f"no checkpoint in {workdir.path} yet; train it first")
+        found, state, _ = checkpoints.restore(like, step)
+    return Run(config, model, state.evaluated, found, tokenizer)

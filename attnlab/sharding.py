@@ -1,0 +1,74 @@
+"""Devices: the mesh of a config, and where the state and the batches of a run lie on it.
+
+Axes: ``data`` splits the batch; ``fsdp`` splits the batch and every large parameter.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from attnlab.errors import UserError
+
+AXES = ("data", "fsdp")
+SMALL = 2**14
+"""Parameters with fewer elements are kept whole on every device."""
+
+
+def make_mesh(text: str) -> Mesh:
+    """The mesh of ``"data:4,fsdp:2"``; a size of -1 takes the devices that are left.
+
+    Raises `UserError` for an unknown axis, a size that is no number, or a product that is not the
+    number of devices.
+    """
+    count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition(":")
+        if axis not in AXES or not size.lstrip("-").isdigit() or int(size) not in (-1, *range(1, 1 << 20)):
+            raise UserError(f"mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS in {', '.join(AXES)}")
+        sizes[axis] = int(size)
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"mesh={text!r}: only one size may be -1")
+    known = int(np.prod([s for s in sizes.values() if s > 0]))
+    sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
+    if int(np.prod(list(sizes.values()))) != count:
+        raise UserError(
+            f"mesh={text!r} has {int(np.prod(list(sizes.values())))} places for {count} devices; "
+            f"use data:{count} or data:-1"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Rows of a batch over all devices. Raises `UserError` where they do not divide."""
+    if batch % mesh.size:
+        raise UserError(
+            f"task.batch={batch} does not divide among {mesh.size} devices (mesh "
+            f"{dict(mesh.shape)}); use {-(-batch // mesh.size) * mesh.size}"
+        )
+    return NamedSharding(mesh, P(AXES))
+
+
+def state_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """An explicit sharding for every leaf of a tree of shapes: the largest axis that ``fsdp``
+    divides, for large arrays; whole on every device otherwise."""
+    parts = mesh.shape["fsdp"]
+
+    def place(leaf: Any) -> NamedSharding:
+        axes = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
+        if parts == 1 or leaf.size < SMALL or not axes:
+            return NamedSharding(mesh, P())
+        split = max(axes, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, P(*[None] * split, "fsdp"))
+
+    return jax.tree.map(place, shapes)
+
+
+def put(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows of a batch as parts of global arrays."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
