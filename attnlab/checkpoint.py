@@ -14,11 +14,8 @@ import atexit
 import json
 import logging
 import os
-import re
-import shutil
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,14 +23,12 @@ import numpy as np
 
 from attnlab.errors import DataError, UserError
 from attnlab.leaves import describe_difference, finite, flatten_state, name_non_finite
-from attnlab.manifest import NAME as MANIFEST
-from attnlab.manifest import Damage, check_files, check_sizes, read_manifest, write_manifest
-from attnlab.store import TEMPORARY, ArrayStore, explain
+from attnlab.manifest import read_manifest, write_manifest
+from attnlab.steps import Steps
+from attnlab.store import ArrayStore, explain
 
 log = logging.getLogger(__name__)
 
-STEP = re.compile(r"0|[1-9]\d*")
-LEFTOVER = re.compile(rf"\d+{re.escape(TEMPORARY)}.*")
 MARGIN = 1 << 20  # bytes of metadata and slack on top of the arrays
 
 
@@ -51,11 +46,10 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 3, every: int = 1000):
-        self.directory = Path(os.path.abspath(directory))
         if keep < 1:
             raise UserError(f"checkpoints: keep={keep}, must be at least 1")
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"checkpoints: {self.directory} is a file; choose a directory")
+        self._steps = Steps(directory)
+        self.directory = self._steps.directory
         self.keep = keep
         self.every = every
         self._store = ArrayStore()
@@ -85,17 +79,17 @@ class Checkpoints:
 
         The bytes are compared by `restore` only.
         """
-        return [step for step in self._folders() if self._is_complete(step)]
+        return self._steps.complete()
 
     def found(self) -> bool:
         """Whether any step was ever finished here, sound or not: restore, do not start over."""
-        return any((self._folder(step) / MANIFEST).exists() for step in self._folders())
+        return bool(self._steps.finished())
 
     def clean(self) -> None:
         """Makes the directory and deletes what a killed run left half-written, and says so.
 
         Only for the run that owns the directory: a reader would delete a save in progress.
-        The first `save` does it too. Raises UserError when the directory cannot be made.
+        Every `save` does it too. Raises UserError when the directory cannot be made.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -104,13 +98,8 @@ class Checkpoints:
                 f"checkpoints: cannot make {self.directory}: {error.strerror}; "
                 "choose another workdir"
             ) from None
-        if jax.process_index() != 0:
-            return
-        for path in sorted(self.directory.iterdir()):
-            unfinished = STEP.fullmatch(path.name) and not (path / MANIFEST).exists()
-            if path.is_dir() and (unfinished or LEFTOVER.fullmatch(path.name)):
-                log.warning("deleting half-written checkpoint %s", path)
-                shutil.rmtree(path, ignore_errors=True)
+        if jax.process_index() == 0:
+            self._steps.clean()
 
     def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> bool:
         """Copies `state` to the host and writes it as `step` in the background.
@@ -130,7 +119,7 @@ class Checkpoints:
         if not finite(state):
             raise NotFinite(
                 f"step {step}: {name_non_finite(state)} holds NaN or Inf; not saved, "
-                f"steps on disk: {self._list()}; lower the learning rate and resume"
+                f"steps on disk: {self._steps.listing()}; lower the learning rate and resume"
             )
         leaves = flatten_state(state)
         body = {
@@ -139,8 +128,8 @@ class Checkpoints:
             "extra": json.loads(json.dumps(extra or {}, allow_nan=False)),
         }
         arrays = {path: leaf.data() for path, leaf in leaves.items() if leaf.stored}
+        self.clean()
         if not self._written:
-            self.clean()
             self._forget_future(step)
         self._check_space(step, sum(array.nbytes for array in arrays.values()) + MARGIN)
         self._start(step, arrays, body)
@@ -169,38 +158,35 @@ class Checkpoints:
         leaves, shapes or dtypes (naming them; nothing is ever cast); DataError when no step is
         sound, or the requested one is not.
         """
-        self.wait()
-        found = self._choose(step)
-        body = read_manifest(self._folder(found))
-        leaves = flatten_state(like)
-        difference = describe_difference(body["leaves"], leaves)
-        if difference:
-            raise UserError(
-                f"checkpoint {self._folder(found)} does not fit this state: {difference}; "
-                "restore it with the config it was saved with"
-            )
-        placement = {path: leaf.sharding() for path, leaf in leaves.items() if leaf.stored}
-        values = self._store.read(self._folder(found), placement)
-        restored = [
-            leaf.rebuild(body["leaves"][path], values.get(path)) for path, leaf in leaves.items()
-        ]
+        found, state, body = self._load(like, step, others=True)
         self._restored = found
         self._written.clear()
-        return found, jax.tree.unflatten(jax.tree.structure(like), restored), body["extra"]
+        return found, state, body["extra"]
+
+    def read(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
+        """`restore` for onlookers: `like` may be a part of the state, as {"params": ...}.
+
+        What it does not name stays on disk unread, and where training continues is not affected.
+        """
+        found, state, body = self._load(like, step, others=False)
+        return found, state, body["extra"]
 
     def close(self) -> None:
         """Waits for the save in progress and releases the threads. Raises DataError like `wait`."""
+        atexit.unregister(self._leave)
         try:
             self.wait()
-        finally:
-            atexit.unregister(self._leave)
+        except DataError:
             self._store.close()
+            self.clean()  # threads of the failed save may have written on after it was given up
+            raise
+        self._store.close()
 
     def _start(self, step: int, arrays: dict[str, Any], body: dict[str, Any]) -> None:
         atexit.unregister(self._leave)
         atexit.register(self._leave)
         try:
-            self._store.save(self._folder(step), arrays)
+            self._store.save(self._steps.folder(step), arrays)
         except OSError as error:
             raise self._failure(step, error) from error
         self._written.add(step)
@@ -214,9 +200,9 @@ class Checkpoints:
         try:
             self._store.wait()
             if jax.process_index() == 0:
-                write_manifest(self._folder(step), body)
-                for old in self.steps()[: -self.keep]:
-                    self._delete(old)
+                write_manifest(self._steps.folder(step), body)
+                for old in self._steps.complete()[: -self.keep]:
+                    self._steps.delete(old)
         except BaseException as error:
             self._written.discard(step)
             self._error = self._failure(step, error)
@@ -224,18 +210,20 @@ class Checkpoints:
 
     def _forget_future(self, step: int) -> None:
         """Deletes the steps after the restored one, newest first so that a crash leaves a past."""
+        fresh = self._restored is None
         past = -1 if self._restored is None else self._restored
-        future = [other for other in self._folders() if other > past]
-        held = _lowest(-max(future, default=-1) if self._restored is None else 1)
-        if -held >= step:
+        future = [other for other in self._steps.all() if other > past]
+        if jax.process_index() != 0:
+            future = []
+        held = -_lowest(-max(future, default=-1) if fresh else 1)
+        if held >= step:
             raise UserError(
-                f"checkpoints: {self.directory} already holds step {-held}, cannot start over "
+                f"checkpoints: {self.directory} already holds step {held}, cannot start over "
                 f"at step {step}; resume from it or choose another workdir"
             )
-        if self._restored is not None:
-            for other in reversed(future):
-                log.warning("deleting checkpoint %d: the run went back to step %d", other, past)
-                self._delete(other)
+        for other in () if fresh else reversed(future):
+            log.warning("deleting checkpoint %d: the run went back to step %d", other, past)
+            self._steps.delete(other)
 
     def _check_space(self, step: int, needed: int) -> None:
         disk = os.statvfs(self.directory)
@@ -243,75 +231,62 @@ class Checkpoints:
         if not _lowest(free >= needed):
             raise DataError(
                 f"checkpoint of step {step} needs {_size(needed)} but {self.directory} has "
-                f"{_size(free)} free; not saved, steps on disk: {self._list()}; "
+                f"{_size(free)} free; not saved, steps on disk: {self._steps.listing()}; "
                 "free some space and resume"
             )
 
     def _failure(self, step: int, error: BaseException) -> DataError:
         """Clears what a failed save left, so that the disk does not stay full, and says why."""
         if jax.process_index() == 0:
-            for path in self.directory.glob(f"{step}{TEMPORARY}*"):
-                shutil.rmtree(path, ignore_errors=True)
-            if not (self._folder(step) / MANIFEST).exists():
-                shutil.rmtree(self._folder(step), ignore_errors=True)
+            self._steps.abandon(step)
         return DataError(
             f"checkpoint of step {step} was not saved in {self.directory}: {explain(error)}; "
-            f"steps on disk: {self._list()}"
+            f"steps on disk: {self._steps.listing()}"
         )
-
-    def _delete(self, step: int) -> None:
-        # Manifest first: a deletion cut short must look half-written, not damaged.
-        if jax.process_index() == 0:
-            (self._folder(step) / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(self._folder(step), ignore_errors=True)
 
     def _leave(self) -> None:
         """At interpreter exit without `close`: a lost save must not look like success."""
         try:
-            self.wait()
+            self.close()
         except DataError as error:
             print(f"error: {error}; Checkpoints was not closed", file=sys.stderr, flush=True)
             os._exit(error.code)
 
+    def _load(self, like: Any, step: int | None, others: bool) -> tuple[int, Any, dict[str, Any]]:
+        """(step, state, manifest); `others`: leaves that `like` lacks are a difference too."""
+        self.wait()
+        found = self._choose(step)
+        folder = self._steps.folder(found)
+        body = read_manifest(folder)
+        leaves = flatten_state(like)
+        saved = {path: spec for path, spec in body["leaves"].items() if others or path in leaves}
+        difference = describe_difference(saved, leaves)
+        if difference:
+            raise UserError(
+                f"checkpoint {folder} does not fit this state: {difference}; "
+                "restore it with the config it was saved with"
+            )
+        placement = {path: leaf.sharding() for path, leaf in leaves.items() if leaf.stored}
+        values = self._store.read(folder, placement)
+        restored = [leaf.rebuild(saved[path], values.get(path)) for path, leaf in leaves.items()]
+        return found, jax.tree.unflatten(jax.tree.structure(like), restored), body
+
     def _choose(self, wanted: int | None) -> int:
-        """The step to read, chosen by process 0 for all; every step passed over is logged."""
-        candidates = [step for step in self._folders() if wanted in (None, step)]
-        found, damages = -1, []
-        for step in reversed(candidates) if jax.process_index() == 0 else ():
-            try:
-                check_files(self._folder(step), read_manifest(self._folder(step)))
-                found = step
-                break
-            except Damage as damage:
-                damages.append(str(damage))
-                log.warning("checkpoint %d passed over: %s", step, damage)
-        found = _lowest(found if jax.process_index() == 0 else sys.maxsize)
+        """The step to read, chosen by process 0 for all."""
+        candidates = [step for step in self._steps.all() if wanted in (None, step)]
+        found, damages = sys.maxsize, []
+        if jax.process_index() == 0:
+            found, damages = self._steps.newest_sound(candidates)
+        found = _lowest(found)
         if found >= 0:
             return found
         if wanted is not None and not candidates:
-            raise UserError(f"no checkpoint {wanted} in {self.directory}; there: {self._list()}")
+            raise UserError(
+                f"no checkpoint {wanted} in {self.directory}; there: {self._steps.listing()}"
+            )
         what = "no sound checkpoint" if wanted is None else f"checkpoint {wanted} is not sound"
         why = f": {damages[0]}" if damages else "" if candidates else " (it is empty)"
         raise DataError(f"{what} in {self.directory}{why}; start over in another workdir")
-
-    def _folder(self, step: int) -> Path:
-        return self.directory / str(step)
-
-    def _folders(self) -> list[int]:
-        if not self.directory.is_dir():
-            return []
-        names = (path.name for path in self.directory.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if STEP.fullmatch(name))
-
-    def _is_complete(self, step: int) -> bool:
-        try:
-            check_sizes(self._folder(step), read_manifest(self._folder(step)))
-        except Damage:
-            return False
-        return True
-
-    def _list(self) -> str:
-        return ", ".join(map(str, self.steps())) or "none"
 
 
 def _lowest(value: int) -> int:

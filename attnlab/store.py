@@ -32,7 +32,11 @@ class ArrayStore:
 
         if self._writer is None:
             _mute_tracebacks()
-            self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+            self._writer = ocp.AsyncCheckpointer(
+                ocp.PyTreeCheckpointHandler(),
+                # Made in the background, a folder that cannot be made is waited for 300 seconds.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            )
         self._writer.save(folder, args=ocp.args.PyTreeSave(arrays))
 
     def wait(self) -> None:
@@ -41,7 +45,7 @@ class ArrayStore:
             self._writer.wait_until_finished()
 
     def read(self, folder: Path, placement: dict[str, jax.sharding.Sharding | None]) -> dict:
-        """Every array in `folder` by name, as jax.Array with that sharding, or NumPy for None."""
+        """The named arrays of `folder`, as jax.Array with that sharding, or NumPy for None."""
         import orbax.checkpoint as ocp
 
         if not placement:
@@ -56,7 +60,9 @@ class ArrayStore:
             return reader.restore(
                 folder,
                 args=ocp.args.PyTreeRestore(
-                    item=dict.fromkeys(placement, 0), restore_args=arguments
+                    item=dict.fromkeys(placement, 0),
+                    restore_args=arguments,
+                    partial_restore=True,
                 ),
             )
 
