@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from attnlab import plan as planning
-from attnlab.config import architecture_of, base, mechanisms_of, position_of
+from attnlab.config import base, model_of
 from attnlab.core import count_pairs
 from attnlab.errors import UserError
-from attnlab.model import Transformer
 from attnlab.overrides import override
 from attnlab.plan import estimate_cost, plan
 
@@ -26,7 +25,7 @@ def small(attention="softmax", *changes):
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_parameters_are_those_of_the_model(tied):
     config = small("window+softmax", f"model.tied={tied}")
-    model = Transformer(architecture_of(config), VOCAB, mechanisms_of(config), position_of(config))
+    model = model_of(config, VOCAB)
     tokens = jnp.zeros((1, 32), jnp.int32)
     params = model.init(jax.random.key(0), tokens, tokens, tokens)
     estimate = estimate_cost(config, VOCAB)
@@ -58,13 +57,20 @@ def test_decoding_memory_is_all_keys_or_the_mechanisms_own_state():
 
 def test_training_memory_falls_with_accumulation_and_remat():
     plain = estimate_cost(small(), VOCAB)
-    assert plain.fixed == 4 * 4 * sum(plain.parameters.values())
+    adam = 4 * 4 * sum(plain.parameters.values())
+    assert adam <= plain.fixed < adam + 100
     parts = estimate_cost(small("softmax", "optimizer.accumulate=4"), VOCAB)
     assert parts.activations < plain.activations / 2
-    assert parts.fixed == 5 * plain.fixed / 4
+    assert parts.fixed - plain.fixed == 4 * sum(plain.parameters.values())
     remat = estimate_cost(small("softmax", "model.remat=true", "model.layers=4"), VOCAB)
     whole = estimate_cost(small("softmax", "model.layers=4"), VOCAB)
     assert remat.activations < whole.activations / 2
+
+
+def test_memory_of_a_device_is_shared_over_the_mesh():
+    one, many = (estimate_cost(small(), VOCAB, n, f) for n, f in ((1, 1), (8, 2)))
+    assert many.activations == one.activations // 8
+    assert many.fixed == one.fixed // 2
 
 
 def test_window_keeps_no_more_activations_than_softmax():
