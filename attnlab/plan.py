@@ -130,7 +130,8 @@ def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
     """
 
     def backward(params):
-        batch = dict.fromkeys(("tokens", "targets", "pos", "seg"), jnp.zeros((rows, length), int))
+        zeros = jnp.zeros((rows, length), jnp.int32)
+        batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
         rngs = {"dropout": jax.random.key(0), "attention": jax.random.key(0)}
 
         def loss(params):
