@@ -2,11 +2,11 @@
 
 Each document is scored on its own, from its first token to its end mark. A window of ``length``
 tokens moves in strides of ``stride`` and scores the tokens that no earlier window has scored:
-``stride = length`` is cheapest, smaller strides give every token at least ``length - stride`` tokens
-of context. The last window is moved back so that it is full. With S the sum of the negative
+``stride = length`` is cheapest, smaller strides give every token more context, at least
+``length - stride`` tokens. The last window is moved back so that it is full. With S the sum of the negative
 log-likelihoods in nats over all tokens and end marks,
 
-    bits per byte = S / (bytes ln 2),  token perplexity = e^(S/tokens),  word perplexity = e^(S/words)
+    bits per byte = S / (bytes ln 2),  perplexity per token = e^(S/tokens), per word = e^(S/words)
 
 so that ``bits per byte`` is the size of a real code and may be compared with compressors.
 """
@@ -127,8 +127,8 @@ def score(
 ) -> Scores:
     """Scores the documents of a split (at most about ``tokens`` targets when > 0).
 
-    Cost: a forward pass over length / stride tokens for every token of the split. Raises `UserError`
-    for a stride outside 1..length, `DataError` for an empty split.
+    Cost: a forward pass over length / stride tokens for every token of the split. Raises
+    `UserError` for a stride outside 1..length, `DataError` for an empty split.
     """
     if not 1 <= stride <= length:
         raise UserError(f"stride={stride} must lie between 1 and the length, {length}")
@@ -213,7 +213,9 @@ def evaluate(
         split,
         length=length,
         stride=stride,
-        batch=max(1, settings.batch * run.config.task.length // max(length, run.config.task.length)),
+        batch=max(
+            1, settings.batch * run.config.task.length // max(length, run.config.task.length)
+        ),
     )
     result = describe_scores(scores, task, run.config, split, stride, run.step)
     name = f"{split}-length{length}-stride{stride}-step{run.step}"

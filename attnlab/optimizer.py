@@ -23,9 +23,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     """Clipping by global norm (``clip`` > 0), then the named optimizer; weight decay touches only
     matrices that are not embeddings. Raises `UserError` for an unknown name."""
     if config.name not in OPTIMIZERS:
-        raise UserError(
-            f"optimizer.name={config.name!r}: {did_you_mean(config.name, OPTIMIZERS)}"
-        )
+        raise UserError(f"optimizer.name={config.name!r}: {did_you_mean(config.name, OPTIMIZERS)}")
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, OPTIMIZERS[config.name](config, make_schedule(config, steps)))
 
@@ -41,9 +39,7 @@ def is_matrix(params: Any) -> Any:
 
 
 def _adamw(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(
-        rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=is_matrix
-    )
+    return optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=is_matrix)
 
 
 def _muon(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -47,9 +47,7 @@ def open_run(path: str | Path, step: int | None = None) -> Run:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, config))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=here), shapes
-    )
+    like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=here), shapes)
     with Checkpoints(workdir.checkpoints) as checkpoints:
         if not checkpoints.found():
             raise UserError(f"no checkpoint in {workdir.path} yet; train it first")

@@ -26,8 +26,14 @@ def make_mesh(text: str) -> Mesh:
     count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition(":")
-        if axis not in AXES or not size.lstrip("-").isdigit() or int(size) not in (-1, *range(1, 1 << 20)):
-            raise UserError(f"mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS in {', '.join(AXES)}")
+        if (
+            axis not in AXES
+            or not size.lstrip("-").isdigit()
+            or int(size) not in (-1, *range(1, 1 << 20))
+        ):
+            raise UserError(
+                f"mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS in {', '.join(AXES)}"
+            )
         sizes[axis] = int(size)
     if list(sizes.values()).count(-1) > 1:
         raise UserError(f"mesh={text!r}: only one size may be -1")

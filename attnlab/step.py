@@ -85,9 +85,7 @@ def make_step(
             return jax.tree.map(jnp.add, total, (nll, grads)), None
 
         # Every part takes rows from all devices: row r of the batch belongs to part r mod parts.
-        rows = jax.tree.map(
-            lambda z: z.reshape(-1, parts, *z.shape[1:]).swapaxes(0, 1), batch
-        )
+        rows = jax.tree.map(lambda z: z.reshape(-1, parts, *z.shape[1:]).swapaxes(0, 1), batch)
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(part, zero, (jnp.arange(parts), rows))[0]
 

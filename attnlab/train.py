@@ -32,8 +32,8 @@ REWINDS = 5  # in one run
 
 
 def train(config: ConfigDict, workdir: str | Path, command: Sequence[str] = ("attnlab",)) -> int:
-    """Trains the run in ``workdir`` to ``config.train.steps``, from wherever it stands, then scores,
-    samples, plots and reports it. Returns the exit code: 0, or 143 / 130 after a signal.
+    """Trains the run in ``workdir`` to ``config.train.steps``, from wherever it stands, then
+    scores, samples, plots and reports it. Returns the exit code: 0, or 143 / 130 after a signal.
 
     Raises `UserError` for a workdir of another config or a diverged run, `DataError` for data or
     checkpoints that cannot be used.
@@ -105,7 +105,7 @@ class Trainer:
         pending, clock = None, time.monotonic()
         try:
             while step < total and not signals.received:
-                if step > begun and self.config.train.eval_every and step % config.eval_every == 0:
+                if step > begun and config.eval_every and step % config.eval_every == 0:
                     self.evaluate(step)
                 if step > begun and self.checkpoints.due(step):
                     self.save(step)

@@ -175,25 +175,32 @@ def test_nothing_but_empty_files_is_a_data_error(tmp_path, monkeypatch):
     assert not leftovers(tmp_path)
 
 
-def test_files_that_change_while_being_prepared_are_noticed(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [b"much longer than before", b"y", None])
+def test_files_that_change_while_being_prepared_are_noticed(corpus, tmp_path, monkeypatch, content):
     measure = prepared.measure
 
     def measure_then_change(source):
         found = measure(source)
-        (tmp_path / "files" / "one.txt").write_bytes(b"much longer than before")
+        for name in ("one.txt", "nul.txt"):
+            (tmp_path / "files" / name).unlink()
+            if content is not None:
+                (tmp_path / "files" / name).write_bytes(content)
         return found
 
     monkeypatch.setattr(prepared, "measure", measure_then_change)
     with pytest.raises(DataError, match="changed while"):
         open_corpus(corpus)
+    assert not leftovers(tmp_path)
 
 
-def test_a_file_that_vanishes_while_being_prepared_is_a_data_error(corpus, tmp_path, monkeypatch):
+def test_a_split_that_vanishes_while_being_prepared_is_noticed(corpus, tmp_path, monkeypatch):
     measure = prepared.measure
 
     def measure_then_remove(source):
         found = measure(source)
-        (tmp_path / "files" / "one.txt").unlink()
+        for path in (tmp_path / "files").iterdir():
+            if path.name != "long.txt":
+                path.unlink()
         return found
 
     monkeypatch.setattr(prepared, "measure", measure_then_remove)

@@ -31,7 +31,7 @@ def test_documents_are_their_records_joined(documents):
     assert list(make(documents)) == expected
 
 
-def test_the_cache_keeps_the_newest_records_and_reads_no_record_twice_meanwhile():
+def test_the_cache_keeps_the_records_used_last():
     reads = []
     pieces = [bytes([n]) * 10 for n in range(8)]
     index = Index(("d",), (8,), (10,) * 8)
@@ -41,14 +41,14 @@ def test_the_cache_keeps_the_newest_records_and_reads_no_record_twice_meanwhile(
         return pieces[number]
 
     split = TextSplit(index, read, cache_bytes=3 * (10 + RECORD_OVERHEAD))
-    for number in (0, 1, 2, 0, 1, 2):
+    for number in (0, 1, 2, 1, 2, 0):
         split.record(number)
     assert reads == [0, 1, 2]
     split.record(3)
-    split.record(1)
-    assert reads == [0, 1, 2, 3]
     split.record(0)
-    assert reads == [0, 1, 2, 3, 0]
+    assert reads == [0, 1, 2, 3]
+    split.record(1)
+    assert reads == [0, 1, 2, 3, 1]
 
 
 def test_a_record_larger_than_the_cache_is_still_read():

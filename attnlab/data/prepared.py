@@ -37,8 +37,15 @@ def open_corpus(source: Source) -> TextSet:
     """
     name = prepared_name(source)
     directory = data_dir() / "prepared" / name
+
+    def fill(temporary: Path) -> dict:
+        said = prepare(source, temporary)
+        if prepared_name(source) != name:
+            raise changed(source.name)
+        return said
+
     if not (directory / MANIFEST).is_file():
-        publish(directory, lambda temporary: prepare(source, temporary))
+        publish(directory, fill)
     about = verify(directory)
     return open_directory(directory, about, data_dir() / "derived" / name)
 
@@ -81,7 +88,7 @@ def prepare(source: Source, directory: Path) -> dict:
         index = {split: vars(made.index()) for split, made in recorded.items()}
         (directory / "index.json").write_text(json.dumps(index))
     if progress.done != progress.total:
-        raise DataError(f"{source.name} changed while it was being prepared; run again")
+        raise changed(source.name)
     for name, split in open_splits(shards, index).items():
         if sha256_of(split.records()) != recorded[name].digest.hexdigest():
             raise DataError(
@@ -99,6 +106,11 @@ def prepare(source: Source, directory: Path) -> dict:
         "shards": shards.relative_to(directory).as_posix(),
         "notes": notes,
     }
+
+
+def changed(name: str) -> DataError:
+    """The error for documents that were not the same from the first reading to the last."""
+    return DataError(f"{name} changed while it was being prepared; run again")
 
 
 def sha256_of(parts: Iterable[np.ndarray]) -> str:
@@ -177,6 +189,8 @@ class Recorded:
             self.digest.update(content)
             self._progress.add(len(content))
             yield name, content
+        if not self._documents:
+            raise changed(self._progress.name)
 
     def index(self) -> Index:
         """What has passed by."""

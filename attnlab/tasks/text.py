@@ -36,8 +36,12 @@ class Evaluated(NamedTuple):
 class TextTask:
     """Batches and documents of one corpus under one tokenizer and one packing.
 
-    Batches hold int32 [B, N]: ``tokens``, ``targets``, ``pos``, ``seg``. ``boundary`` is the id
-    that stands before and after every document.
+    Batches hold int32 [B, N]: ``tokens``, ``targets``, ``pos``, ``seg``; every slot is full. With
+    ``packed``, `pos` and `seg` start anew in every row (so ``pos < N``); with ``stream``, a lane
+    reads on from step to step and they belong to the document (so `pos` grows to its length).
+    ``boundary`` is the id that stands before and after every document.
+    `bytes_per_token` is train bytes over predictions, ends included: bits per byte are nats per
+    prediction / ln 2 / bytes_per_token.
     """
 
     name = "text"
@@ -92,6 +96,12 @@ class TextTask:
         """All bytes of a split, document after document."""
         text = self.text[self._split(split)]
         return text.read(0, text.size).tobytes()
+
+    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+        """General compressors on a split, in bits per byte; see `attnlab.data.compress`."""
+        from attnlab.data.compress import baselines
+
+        return baselines(self.text, split)
 
     def info(self) -> dict:
         """Corpus, licence, SHA-256, and the size of each split in documents, bytes and tokens."""
