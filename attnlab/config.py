@@ -128,8 +128,11 @@ def kinds(config: ConfigDict) -> dict[str, Any]:
     Types come from the annotations of the chosen mechanism and position, else from the value.
     """
     found = {path: kind_of(value) for path, value in flat(config).items()}
-    for path, registry in (("attention", mechanisms), ("position", positions)):
-        pattern = config[path].name
+    chosen = {
+        "attention": (mechanisms, config.attention.name),
+        "position": (positions, config.position.name),
+    }
+    for path, (registry, pattern) in chosen.items():
         for key, name in _parts(pattern).items():
             prefix = f"{path}.{key}" if "+" in pattern else path
             for field, kind in _hints(registry.get(name)).items():

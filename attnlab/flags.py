@@ -49,7 +49,7 @@ class Line:
     def need(self, name: str, example: str) -> Any:
         """The value of a flag that the command cannot do without."""
         if name not in self.flags:
-            raise UserError(f"attnlab {self.name} needs --{name}, for example --{name}={example}")
+            raise UserError(f"{self.name} needs --{name}, for example --{name}={example}")
         return self.flags[name]
 
 
@@ -73,7 +73,7 @@ def parse_line(name: str, command: Command, typed: Sequence[str]) -> Line:
         override = command.configured and flag.startswith("config.")
         if flag not in known and not override:
             hint = did_you_mean(f"--{flag}", [f"--{n}" for n in known])
-            raise UserError(f"attnlab {name} has no flag --{flag}; {hint}")
+            raise UserError(f"{name} has no flag --{flag}; {hint}")
         boolean = not override and known[flag].kind is bool
         if not equals and not boolean:
             if not rest:
@@ -88,7 +88,7 @@ def parse_line(name: str, command: Command, typed: Sequence[str]) -> Line:
                 else parse(text, known[flag].kind, f"--{flag}")
             )
     if line.words and not command.arguments and "help" not in line.flags:
-        raise UserError(f"attnlab {name}: {line.words[0]!r} is not a flag; flags begin with --")
+        raise UserError(f"{name}: {line.words[0]!r} is not a flag; flags begin with --")
     return line
 
 
@@ -99,7 +99,7 @@ def describe(name: str, command: Command) -> str:
         flags["--config.SECTION.FIELD=VALUE"] = "change one field; as often as needed"
     flags |= {f"--{n}": f.help for n, f in EVERYWHERE.items()}
     usage = " ".join(["usage: attnlab", name, *filter(None, [command.arguments]), "[flags]"])
-    return f"{usage}\n\n{command.summary}\n\n{columns(flags)}"
+    return f"{usage}\n\n{textwrap.fill(command.summary, 98)}\n\n{columns(flags)}"
 
 
 def columns(rows: Mapping[str, str]) -> str:

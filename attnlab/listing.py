@@ -85,4 +85,4 @@ def _summary(thing: Any) -> str:
 
 def _growth(exponent: float) -> str:
     """1, N, N^1.5: how a cost grows with the length."""
-    return {0: "1", 1: "N"}.get(exponent, f"N^{exponent:g}")
+    return {0.0: "1", 1.0: "N"}.get(exponent, f"N^{exponent:g}")

@@ -29,17 +29,17 @@ def train(line: Line) -> int | None:
 
 
 def evaluate(line: Line) -> int | None:
-    workdir = _run(line)
+    line.need("workdir", "runs/first")
     from attnlab.evaluate import evaluate
 
-    return evaluate(**{**line.flags, "workdir": workdir})
+    return evaluate(**line.flags)
 
 
 def generate(line: Line) -> int | None:
-    workdir = _run(line)
+    line.need("workdir", "runs/first")
     from attnlab.decode import generate
 
-    return generate(**{**line.flags, "workdir": workdir})
+    return generate(**line.flags)
 
 
 def plan(line: Line) -> int | None:
@@ -50,16 +50,18 @@ def plan(line: Line) -> int | None:
 
 
 def list_known(line: Line) -> int | None:
+    if len(line.words) > 1:
+        raise UserError(f"list shows one thing at a time, not {' and '.join(line.words)}")
     from attnlab.listing import show
 
     return show(*line.words)
 
 
 def data(line: Line) -> int | None:
-    verb, *names = line.words or [""]
+    verb, *names = line.words or ["(nothing)"]
     arity = {"list": 0, "get": 1, "info": 1}
     if verb not in arity:
-        raise UserError(f"attnlab data {verb}: {did_you_mean(verb, arity)}")
+        raise UserError(f"data {verb}: {did_you_mean(verb, arity)}")
     if len(names) != arity[verb]:
         raise UserError(f"usage: attnlab data {verb}{' NAME' * arity[verb]}")
     from attnlab.data import tables
@@ -69,7 +71,7 @@ def data(line: Line) -> int | None:
 
 def report(line: Line) -> int | None:
     if not line.words:
-        raise UserError("attnlab report needs the workdirs to compare: attnlab report runs/*")
+        raise UserError("report needs the workdirs to compare, for example attnlab report runs/*")
     from attnlab.report import report
 
     return report(workdirs=line.words, **line.flags)
@@ -213,24 +215,17 @@ def _config(line: Line):
     """The config of ``--config``, else that of the workdir, with the overrides, validated."""
     from attnlab.limits import validate
     from attnlab.overrides import load, override
+    from attnlab.workdir import Workdir
 
-    if "config" not in line.flags and "workdir" not in line.flags:
-        line.need("config", "configs/quickstart.py")
-    config = load(line.flags.get("config") or str(_run(line) / "config.json"))
+    if "config" in line.flags or "workdir" not in line.flags:
+        file = line.need("config", "configs/quickstart.py")
+    else:
+        file = str(Workdir.existing(line.flags["workdir"]).path / "config.json")
+    config = load(file)
     for path, text in line.overrides:
         override(config, path, text)
     validate(config)
     return config
-
-
-def _run(line: Line) -> Path:
-    """The workdir, which must hold a run."""
-    workdir = Path(line.need("workdir", "runs/first")).expanduser()
-    if not (workdir / "config.json").is_file():
-        near = [str(p.parent) for p in workdir.parent.glob("*/config.json")]
-        hint = f"; {did_you_mean(str(workdir), near)}" if near else ""
-        raise UserError(f"no run in {workdir} (no config.json){hint}")
-    return workdir
 
 
 def _complain(message: str, code: int, debug: bool) -> int:

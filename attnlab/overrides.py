@@ -65,13 +65,14 @@ def load(spec: str) -> ConfigDict:
     if file.suffix == ".json":
         return from_json(file.read_text(encoding="utf-8"), path)
     config = _get_config(file, path, arg)
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, ConfigDict) or not {"attention", "position"} <= set(config):
         kind = type(config).__name__
-        raise UserError(f"{path}: get_config returned a {kind}, not a config made from base()")
+        raise UserError(f"{path}: get_config returned {kind}, not a config made from base()")
     schema = base(config.attention.name, config.position.name)
-    strange = [p for p in flat(config) if p not in flat(schema)]
-    if strange:
+    if strange := [p for p in flat(config) if p not in flat(schema)]:
         raise UserError(f"{path}: {unknown(schema, strange[0])}")
+    if missing := [p for p in flat(schema) if p not in flat(config)]:
+        raise UserError(f"{path}: the config lost {', '.join(missing)}; begin with base()")
     return config
 
 

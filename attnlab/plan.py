@@ -1,7 +1,7 @@
 """What a config will cost, before anything is compiled: parameters, FLOPs, memory, epochs.
 
-Everything is counted on abstract arrays: parameters and decoding memory from the shapes the model
-itself would make, activations from the shapes its backward pass would keep.
+Everything is counted on abstract arrays: parameters, optimizer and decoding memory from the shapes
+that training and sampling would make, activations from those the backward pass would keep.
 """
 
 import dataclasses
@@ -12,17 +12,21 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from attnlab.config import architecture_of, mechanisms_of, position_of
+from attnlab import tasks
+from attnlab.config import model_of
 from attnlab.errors import UserError
 from attnlab.limits import validate
 from attnlab.model import Transformer, initial_memory
+from attnlab.optimizer import make_optimizer
+from attnlab.sharding import batch_sharding, make_mesh
+from attnlab.step import init_state, token_losses
 
 
 class Estimate(NamedTuple):
     """``parameters`` by part ("embedding", "layer_0", ..., whatever else the model has);
-    ``matmul_flops`` and ``attention_flops`` of a training step per token (forward, and twice that
-    for the backward pass); bytes of ``decoding`` memory per sequence of the training length; bytes
-    ``fixed`` (parameters, gradients, optimizer) and of ``activations`` during a training step."""
+    ``matmul_flops`` and ``attention_flops`` of training per token (forward, and twice that for the
+    backward pass); bytes of ``decoding`` memory per sequence of the training length; bytes on each
+    device that are ``fixed`` (parameters, gradients, optimizer) and of ``activations``."""
 
     parameters: dict[str, int]
     matmul_flops: float
@@ -35,47 +39,50 @@ class Estimate(NamedTuple):
 def plan(config: ConfigDict) -> None:
     """Prints the plan of a training run.
 
-    Raises `UserError` for a config that cannot run or needs more memory than the devices have even
-    with an empty batch, `DataError` for data that are missing or too small. Prepares the corpus.
+    Raises `UserError` for a config that cannot run or whose parameters, gradients and optimizer
+    alone exceed the memory of a device, `DataError` for data that are missing or too small.
+    Prepares the corpus.
     """
-    from attnlab import tasks
-
     validate(config)
+    mesh = make_mesh(config.mesh)
+    batch_sharding(mesh, config.task.batch)
     task = tasks.build(config.task, seed=config.seed)
-    estimate = estimate_cost(config, task.vocab_size)
+    estimate = estimate_cost(config, task.vocab_size, mesh.size, mesh.shape["fsdp"])
     splits = task.info().get("splits", {})
-    tokens = splits.get("train", {}).get("tokens")
-    print(describe(config, estimate, tokens, device_memory()))
-    if estimate.fixed > device_memory():
+    tokens, available = splits.get("train", {}).get("tokens"), device_memory()
+    print(describe(config, estimate, tokens, available))
+    if estimate.fixed > available:
         raise UserError(
-            f"parameters, gradients and optimizer need {_bytes(estimate.fixed)}, the devices have "
-            f"{_bytes(device_memory())}; lower model.width or model.layers"
+            f"parameters, gradients and optimizer need {_bytes(estimate.fixed)} on each device, "
+            f"which has {_bytes(available)}; lower model.width or model.layers, or raise fsdp "
+            "in mesh"
         )
 
 
-def estimate_cost(config: ConfigDict, vocab_size: int) -> Estimate:
+def estimate_cost(config: ConfigDict, vocab_size: int, devices: int = 1, fsdp: int = 1) -> Estimate:
     """Counts parameters, FLOPs and bytes of a config; traces the model, about a second.
 
     Activations are what autodiff keeps of one part of the batch, before XLA fuses any of it away.
     """
-    a, mechanisms = architecture_of(config), mechanisms_of(config)
-    length, optimizer = config.task.length, config.optimizer
-    model = Transformer(a, vocab_size, mechanisms, position_of(config))
-    params = _parameters(model, length)
+    model = model_of(config, vocab_size)
+    a, mechanisms, length = model.architecture, model.mechanisms, config.task.length
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = jax.eval_shape(lambda: init_state(model, optimizer, config))
+    params = state.params
     parts = {name: _count(part) for name, part in params["backbone"].items()}
     parts |= {name: _count(part) for name, part in params.items() if name != "backbone"}
     multiplied = sum(parts.values()) - (0 if a.tied else parts["embedding"])
     attention = sum(m.flops(a.dims, length, a.causal) for m in mechanisms) / length
-    state = jax.eval_shape(lambda: initial_memory(a, mechanisms, 1, length))
-    copies = 4 + (optimizer.accumulate > 1) + (optimizer.ema > 0)
-    rows = config.task.batch // optimizer.accumulate
+    memory = jax.eval_shape(lambda: initial_memory(a, mechanisms, 1, length))
+    gradients = _size(params) * (2 if config.optimizer.accumulate > 1 else 1)
+    rows = config.task.batch // config.optimizer.accumulate
     return Estimate(
         parameters=parts,
         matmul_flops=6.0 * multiplied,
         attention_flops=3.0 * attention,
-        decoding=_size(state),
-        fixed=copies * _size(params),
-        activations=_residuals(model, params, rows, length),
+        decoding=_size(memory),
+        fixed=(_size(state) + gradients) // fsdp,
+        activations=_residuals(model, params, rows, length) // devices,
     )
 
 
@@ -95,7 +102,7 @@ def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int
          f"{_si(flops * step * steps)} for the run"),
         ("decoding", f"{_bytes(e.decoding)} per sequence of {task.length:,} tokens"),
         ("memory", f"about {_bytes(need)} to train: parameters, gradients, optimizer "
-         f"{_bytes(e.fixed)}, activations {_bytes(e.activations)}; the devices have "
+         f"{_bytes(e.fixed)}, activations {_bytes(e.activations)}; a device has "
          f"{_bytes(available)}"),
         ("steps", f"{steps:,} of {task.batch} x {task.length:,} = {step:,} tokens"),
     ]  # fmt: skip
@@ -108,20 +115,12 @@ def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int
 
 
 def device_memory() -> int:
-    """Bytes that all devices have together; on a CPU, the memory of the machine."""
+    """Bytes that one device has; on a CPU, its share of the memory of the machine."""
     devices = jax.local_devices()
-    stats = [device.memory_stats() for device in devices]
-    if all(stats):
-        return sum(s["bytes_limit"] for s in stats if s)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _parameters(model: Transformer, length: int) -> Any:
-    def init():
-        tokens = jnp.zeros((1, length), jnp.int32)
-        return model.init(jax.random.key(0), tokens, tokens, tokens)
-
-    return jax.eval_shape(init)["params"]
+    stats = devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
 def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
@@ -131,14 +130,13 @@ def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
     """
 
     def backward(params):
-        tokens = jnp.zeros((rows, length), jnp.int32)
+        zeros = jnp.zeros((rows, length), jnp.int32)
+        batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
         rngs = {"dropout": jax.random.key(0), "attention": jax.random.key(0)}
 
         def loss(params):
-            logits, _ = model.apply(
-                {"params": params}, tokens, tokens, tokens, train=True, rngs=rngs
-            )
-            return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+            nll, balance = token_losses(model, params, batch, train=True, rngs=rngs)
+            return jnp.mean(nll) + balance
 
         return jax.vjp(loss, params)[1]
 

@@ -1,0 +1,118 @@
+"""The plan agrees with the model it plans for, and refuses before anything compiles."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnlab import plan as planning
+from attnlab.config import base, model_of
+from attnlab.core import count_pairs
+from attnlab.errors import UserError
+from attnlab.overrides import override
+from attnlab.plan import estimate_cost, plan
+
+SMALL = ("model.width=32", "model.layers=2", "task.length=32", "task.batch=4", "model.heads=4")
+VOCAB = 257
+
+
+def small(attention="softmax", *changes):
+    config = base(attention)
+    for change in (*SMALL, *changes):
+        override(config, *change.split("="))
+    return config
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_parameters_are_those_of_the_model(tied):
+    config = small("window+softmax", f"model.tied={tied}")
+    model = model_of(config, VOCAB)
+    tokens = jnp.zeros((1, 32), jnp.int32)
+    params = model.init(jax.random.key(0), tokens, tokens, tokens)
+    estimate = estimate_cost(config, VOCAB)
+    assert sum(estimate.parameters.values()) == sum(x.size for x in jax.tree.leaves(params))
+    assert estimate.parameters["embedding"] == VOCAB * 32
+    assert ("head" in estimate.parameters) == (tied == "false")
+
+
+def test_flops_count_every_multiplied_parameter_and_the_mechanism():
+    tied, untied = (estimate_cost(small("softmax", f"model.tied={t}"), VOCAB) for t in ("1", "0"))
+    assert tied.matmul_flops == untied.matmul_flops == 6 * sum(tied.parameters.values())
+    pairs = count_pairs(32)
+    assert tied.attention_flops == 3 * 2 * (2 * 4 * 16 * pairs) / 32
+    assert estimate_cost(small("window", "attention.window=4"), VOCAB).attention_flops < 1000 * 3
+
+
+def test_decoding_memory_is_all_keys_or_the_mechanisms_own_state():
+    def decoding(attention, *changes):
+        return estimate_cost(small(attention, *changes), VOCAB).decoding
+
+    slot = 4 * (2 * 4 * 8 + 2)  # k and v in f32, pos, seg
+    softmax, longer = decoding("softmax"), decoding("softmax", "task.length=64")
+    assert longer - softmax == 2 * 32 * slot
+    window, longer = (
+        decoding("window", "attention.window=8", f"task.length={n}") for n in (32, 64)
+    )
+    assert window == longer < softmax
+
+
+def test_training_memory_falls_with_accumulation_and_remat():
+    plain = estimate_cost(small(), VOCAB)
+    adam = 4 * 4 * sum(plain.parameters.values())
+    assert adam <= plain.fixed < adam + 100
+    parts = estimate_cost(small("softmax", "optimizer.accumulate=4"), VOCAB)
+    assert parts.activations < plain.activations / 2
+    assert parts.fixed - plain.fixed == 4 * sum(plain.parameters.values())
+    remat = estimate_cost(small("softmax", "model.remat=true", "model.layers=4"), VOCAB)
+    whole = estimate_cost(small("softmax", "model.layers=4"), VOCAB)
+    assert remat.activations < whole.activations / 2
+
+
+def test_memory_of_a_device_is_shared_over_the_mesh():
+    one, many = (estimate_cost(small(), VOCAB, n, f) for n, f in ((1, 1), (8, 2)))
+    assert many.activations == one.activations // 8
+    assert many.fixed == one.fixed // 2
+
+
+def test_window_keeps_no_more_activations_than_softmax():
+    long = ("task.length=512", "task.batch=1")
+    window, softmax = (estimate_cost(small(a, *long), VOCAB) for a in ("window", "softmax"))
+    assert window.activations <= softmax.activations
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNLAB_DATA", str(tmp_path / "data"))
+    (tmp_path / "book.txt").write_bytes(b"and it came to pass. " * 2000)
+    return f"task.corpus=text:{tmp_path}/*.txt"
+
+
+def test_the_plan_is_printed_without_compiling(corpus, capsys):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    plan(small("window+softmax", corpus))
+    assert not compiled
+    jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
+    assert compiled, "the listener hears compilations"
+    out = capsys.readouterr().out
+    for word in ("parameters", "FLOPs", "decoding", "memory", "1,000 of 4 x 32", "epochs"):
+        assert word in out
+    assert "warning" not in out
+
+
+def test_what_no_device_can_hold_is_refused(corpus, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "device_memory", lambda: 100_000)
+    with pytest.raises(UserError, match=r"lower model\.width"):
+        plan(small("softmax", corpus))
+    monkeypatch.setattr(planning, "device_memory", lambda: 1_000_000)
+    plan(small("softmax", corpus))
+    assert "warning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 "), (999, "999 "), (1234, "1.23 k"), (999_900, "1 M"), (29.51e6, "29.5 M")],
+)
+def test_numbers_have_three_digits_and_a_prefix(number, text):
+    assert planning._si(number) == text
