@@ -1,10 +1,12 @@
 """The command line: ``attnlab train --config=configs/lm.py:attention=window --workdir=runs/a``.
 
 Exit codes: 0 done, 1 a bug of ours, 2 something typed wrong or too large for the machine, 3 data or
-a checkpoint missing or damaged, 130 interrupted, 141 nobody reads the output, 143 terminated.
+a checkpoint missing, damaged or impossible to write, 130 interrupted, 141 nobody reads the output,
+143 terminated.
 Nothing heavy is imported before the command and its flags are known to be good.
 """
 
+import errno
 import io
 import logging
 import os
@@ -17,7 +19,10 @@ from attnlab import __version__
 from attnlab.errors import AttnlabError, UserError, did_you_mean
 from attnlab.flags import Command, Flag, Line, columns, describe, parse_line
 
-BUG, TYPED, INTERRUPTED, UNREAD = 1, 2, 130, 141
+BUG, TYPED, DAMAGED, INTERRUPTED, UNREAD = 1, 2, 3, 130, 141
+
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+"""What the machine, not the program, refuses when a file is opened or written."""
 
 
 def train(line: Line) -> int | None:
@@ -160,12 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AttnlabError as error:
         return _complain(str(error), error.code, debug)
     except Exception as error:
-        if _out_of_memory(error):
-            return _complain(f"out of memory: {_first_line(error)}; {SMALLER}", TYPED, debug)
-        place = _place(error)
-        hint = "" if debug else "; --debug shows the traceback"
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        return _complain(f"this is a bug in attnlab: {reason} ({place}){hint}", BUG, debug)
+        return _complain(*_explain(error), debug)
 
 
 SMALLER = (
@@ -235,8 +235,15 @@ def _complain(message: str, code: int, debug: bool) -> int:
     return code
 
 
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+def _explain(error: Exception) -> tuple[str, int]:
+    """The line and the exit code of an error that none of ours announced."""
+    reason = _first_line(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"out of memory: {reason}; {SMALLER}", TYPED
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        return f"{reason}; free or choose another place to write", DAMAGED
+    what = f"{type(error).__name__}: {reason} ({_place(error)})"
+    return f"this is a bug in attnlab: {what}; --debug shows the traceback", BUG
 
 
 def _first_line(error: Exception) -> str:

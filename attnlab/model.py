@@ -100,16 +100,14 @@ class Attention(nn.Module):
             position_params = self.param("position", self.position.init, a.dims)
         rule = Rule(position_params, self.position, a.causal, taps=taps)
         params = self.param("mechanism", self.mechanism.init, a.dims)
-        state, used = (), None
-        if memory is not None:
-            state, used = memory.state, memory.used + N
-            if memory.keys is not None:
-                keys = _written(memory.keys, keys, memory.used)
+        state = () if memory is None else memory.state
+        if memory is not None and memory.keys is not None:
+            keys = _written(memory.keys, keys, memory.used)
         draw = self.make_rng("attention") if self.has_rng("attention") else None
         result = self.mechanism(params, queries, keys, rule, state, x=x, key=draw)
         if memory is not None:
             kept = None if memory.keys is None else keys
-            memory = Memory(kept, used, result.state)
+            memory = Memory(kept, memory.used + N, result.state)
         out = _dense(a.width, 0.5 / a.layers, a.dtype, "out")(result.out.reshape(B, N, -1))
         return out, memory, result.aux
 

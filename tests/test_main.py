@@ -146,6 +146,8 @@ def test_a_missing_run_names_those_nearby(capsys, run_dir):
         (ValueError(""), 1, "ValueError: no message"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), 2, "optimizer.accumulate"),
         (MemoryError(), 2, "attnlab plan"),
+        (OSError(28, "No space left on device"), 3, "No space left on device; free or choose"),
+        (OSError(9, "Bad file descriptor"), 1, "this is a bug in attnlab: OSError"),
         (KeyboardInterrupt(), 130, "attnlab: interrupted"),
     ],
 )
