@@ -12,6 +12,7 @@ from attnlab.data import bpe, places
 from attnlab.data.textset import Index, TextSet, TextSplit
 from attnlab.data.tokenizers import ByteTokenizer, load, make_tokenizer
 from attnlab.errors import DataError, UserError
+from attnlab.manifest import write_manifest
 
 PROSE = b"In the beginning God created the heaven and the earth. \xc3\xa9\xff\0\r\n" * 40
 
@@ -124,7 +125,7 @@ def test_damaged_or_foreign_tokens_are_a_data_error(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"ids\.npy is damaged"):
         bpe.stored_tokens(text, "test", tokenizer)
     (path.parent / "manifest.json").unlink()
-    places.seal(path.parent, {})
+    write_manifest(path.parent, {"about": {}})
     with pytest.raises(DataError, match="token id 279"):
         bpe.stored_tokens(text, "test", tokenizer)
 

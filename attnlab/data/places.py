@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from attnlab.errors import DataError
-
-MANIFEST = "manifest.json"
+from attnlab.files import replace_file, sync_directory
+from attnlab.manifest import NAME as MANIFEST
+from attnlab.manifest import Damage, check_files, read_manifest, write_manifest
 
 
 def data_dir() -> Path:
@@ -40,17 +41,9 @@ def file_sha256(path: Path) -> str:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """`replace_file` in a directory that may have to be made first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, content)
 
 
 def read_json(path: Path) -> dict | None:
@@ -85,7 +78,7 @@ def publish(final: Path, fill: Callable[[Path], dict]) -> None:
     with building(final.parent) as temporary:
         about = fill(temporary)
         with storage_errors(final.parent):
-            seal(temporary, about)
+            write_manifest(temporary, {"about": about})
             try:
                 os.rename(temporary, final)
             except OSError:
@@ -140,28 +133,6 @@ def locked(directory: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def seal(directory: Path, about: dict) -> None:
-    """Write the manifest (size and SHA-256 of every file) once the files are on disk."""
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        name = path.relative_to(directory).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    content = json.dumps({"about": about, "files": files}, indent=1)
-    write_whole(directory / MANIFEST, content.encode())
-    sync_directory(directory)
-
-
 _verified: dict[Path, int] = {}
 
 
@@ -170,25 +141,13 @@ def verify(directory: Path) -> dict:
 
     The sums are checked once per process. Raises `DataError` naming the damaged file and the fix.
     """
-    fix = f"remove the directory {directory} and run again to rebuild it"
-    manifest = directory / MANIFEST
     try:
-        record = json.loads(manifest.read_bytes())
-        about, files = record["about"], record["files"]
-        stamp = manifest.stat().st_mtime_ns
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"no readable manifest at {manifest}; {fix}") from error
-    if _verified.get(directory) == stamp:
-        return about
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing; {fix}")
-        if path.stat().st_size != expected["bytes"]:
-            raise DataError(
-                f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}; {fix}"
-            )
-        if file_sha256(path) != expected["sha256"]:
-            raise DataError(f"{path} is damaged (its SHA-256 has changed); {fix}")
-    _verified[directory] = stamp
-    return about
+        body = read_manifest(directory)
+        stamp = (directory / MANIFEST).stat().st_mtime_ns
+        if _verified.get(directory) != stamp:
+            check_files(directory, body)
+        _verified[directory] = stamp
+    except (Damage, OSError) as error:
+        fix = f"remove the directory {directory} and run again to rebuild it"
+        raise DataError(f"{error}; {fix}") from error
+    return body["about"]

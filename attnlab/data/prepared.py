@@ -21,7 +21,7 @@ from attnlab.data.splits import SPLITS, split_bytes, split_documents
 from attnlab.data.textset import CACHE_BYTES, Index, TextSet, TextSplit, record_reader
 from attnlab.errors import DataError
 
-LAYOUT = 1
+LAYOUT = 2
 
 
 def prepared_name(source: Source) -> str:
