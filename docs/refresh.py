@@ -1,11 +1,12 @@
-"""Rewrites what the README repeats: the tables of mechanisms, positions, corpora and results.
+"""Rewrites what the pages repeat: the tables of mechanisms, positions, configs, corpora, results.
 
 python docs/refresh.py
 
-Each stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; the code of ``docs/examples`` that the
-README shows stands there too. A test fails while the README is not what this would write.
+Each stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; so does the code of ``docs/examples``
+that the README shows. A test fails while a page is not what this would write.
 """
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -16,19 +17,16 @@ from attnlab.data.corpora import CORPORA
 from attnlab.literals import text_of
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reference.md")
 RESULTS = ROOT / "experiments" / "quickstart" / "results.json"
 GROWTH = {0.0: "1", 1.0: "N"}
 
 
 def refreshed(text: str) -> str:
-    """``text`` with every marked part written anew. Raises `ValueError` for a missing marker."""
-    for name, part in parts().items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not marked.search(text):
-            raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
-        text = marked.sub(lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text)
-    return text
+    """``text`` with every marked part written anew. Raises `KeyError` for an unknown mark."""
+    known = parts()
+    marked = re.compile(r"(<!-- ([a-z]+:[a-z]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    return marked.sub(lambda m: f"{m[1]}{known[m[2]]}\n{m[3]}", text)
 
 
 def parts() -> dict[str, str]:
@@ -37,9 +35,12 @@ def parts() -> dict[str, str]:
     return {
         "table:mechanisms": mechanism_table(),
         "table:positions": position_table(),
+        "table:configs": config_table(),
         "table:corpora": corpus_table(),
         "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
         "code:strided": f"```python\n{example}```",
+        "modules:mechanisms": modules("attnlab.mechanisms", mechanisms.names()),
+        "modules:positions": modules("attnlab.positions", positions.names()),
     }
 
 
@@ -59,6 +60,15 @@ def position_table() -> str:
         for name, cls in ((name, positions.get(name)) for name in positions.names())
     ]
     return table(("`position=`", "options", ""), rows)
+
+
+def config_table() -> str:
+    """Every config file and the first line of its docstring."""
+    rows = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        rows.append((f"`configs/{path.name}`", about.partition("\n")[0]))
+    return table(("`--config=`", ""), rows)
 
 
 def corpus_table() -> str:
@@ -84,10 +94,17 @@ def result_table(results: dict) -> str:
     return table(head, rows) if rows else "No run is recorded yet."
 
 
+def modules(package: str, names: Sequence[str]) -> str:
+    """Directives that show every module of a package on the documentation site."""
+    lines = [f".. automodule:: {package}.{name}" for name in names]
+    return "\n".join(["```{eval-rst}", *lines, "```"])
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines)
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def growth(exponent: float) -> str:
@@ -105,4 +122,5 @@ def summary(cls: type) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(refreshed(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")

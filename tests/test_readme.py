@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@lru_cache
 def refresh():
     spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
     assert spec is not None
@@ -42,8 +44,16 @@ def refresh():
     return module
 
 
-def test_tables_and_example_are_what_the_code_says():
-    assert refresh().refreshed(README) == README, "run: python docs/refresh.py"
+@pytest.mark.parametrize("page", refresh().PAGES, ids=lambda page: page.name)
+def test_tables_and_example_are_what_the_code_says(page):
+    text = page.read_text(encoding="utf-8")
+    assert refresh().refreshed(text) == text, "run: python docs/refresh.py"
+
+
+def test_every_table_stands_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in refresh().PAGES)
+    assert all(f"<!-- {name} -->\n" in text for name in refresh().parts())
+    assert text.count("<!-- /") == len(refresh().parts())
 
 
 def test_a_recorded_run_becomes_a_row():
@@ -83,11 +93,6 @@ def test_every_file_that_is_named_exists(page):
         assert (page.parent / link).exists(), link
     for path in re.findall(r"\b(?:attnlab|configs|docs|experiments|tests)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists(), path
-
-
-def test_every_config_is_in_the_table():
-    listed = set(re.findall(r"^\| `(configs/\w+\.py)`", README, re.MULTILINE))
-    assert listed == {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
 
 
 def test_python_blocks_run():
