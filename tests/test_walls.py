@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "attnlab"
@@ -9,6 +10,7 @@ LAZY = ("tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "
 FOUNDATION = ("core", "registry", "errors")
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Dotted name inside the package -> its source, parsed."""
     return {
@@ -19,16 +21,18 @@ def modules() -> dict[str, ast.Module]:
     }
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
+@cache
+def imports(tree: ast.AST) -> tuple[str, ...]:
     """Dotted names of everything imported anywhere in a source; ours without ``attnlab.``"""
+    return tuple(name.removeprefix("attnlab.") for name in full_names(tree))
+
+
+def full_names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name.removeprefix("attnlab.") for name in names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def within(name: str, rooms: tuple[str, ...]) -> bool:
