@@ -271,6 +271,12 @@ class Mechanism:
 
     cost: ClassVar[Cost]
 
+    @property
+    def relative(self) -> bool:
+        """With a relative position module, outputs do not change when every position grows by the
+        same amount. False for what counts from the start of a document: sinks, blocks, levels."""
+        return True
+
     def init(self, key: Array, dims: Dims) -> Any:
         """Learned parameters of one layer (a pytree, ``{}`` when there are none)."""
         return {}

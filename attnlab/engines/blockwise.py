@@ -73,22 +73,38 @@ class Tokens(NamedTuple):
     seg: Array
 
 
-def reach(rule: Rule, queries: Tokens, keys: Tokens) -> Array:
-    """Which key tile holds a key that some query of a query tile may see: bool [n_q n_k],
-    conservative (True where only the bounds of positions and segments overlap)."""
+class Spans(NamedTuple):
+    """Lowest and highest segment and position of the full slots of each tile: [tiles B] int32."""
 
-    def bounds(tokens: Tokens, values: Array) -> tuple[Array, Array]:
-        full, far = tokens.seg >= 0, jnp.iinfo(jnp.int32).max
+    seg_low: Array
+    seg_high: Array
+    pos_low: Array
+    pos_high: Array
+
+
+def spans(tokens: Tokens) -> Spans:
+    """The `Spans` of tiled tokens; a tile without a full slot has low > high."""
+    full, far = tokens.seg >= 0, jnp.iinfo(jnp.int32).max
+
+    def bounds(values: Array) -> tuple[Array, Array]:
         low = jnp.min(jnp.where(full, values, far), -1)
         return low, jnp.max(jnp.where(full, values, -far), -1)
 
-    (a, b), (c, d) = bounds(queries, queries.seg), bounds(keys, keys.seg)
-    near = (a[:, None] <= d[None]) & (c[None] <= b[:, None])
-    (a, b), (c, d) = bounds(queries, queries.pos), bounds(keys, keys.pos)
+    return Spans(*bounds(tokens.seg), *bounds(tokens.pos))
+
+
+def reach(rule: Rule, queries: Spans, keys: Spans) -> Array:
+    """Which key tile holds a key that some query of a query tile may see: bool [n_q n_k],
+    conservative (True where only the bounds of positions and segments overlap)."""
+    asking, answering = Spans(*(z[:, None] for z in queries)), Spans(*(z[None] for z in keys))
+    near = asking.seg_low <= answering.seg_high
+    near &= answering.seg_low <= asking.seg_high
     if rule.causal:
-        near &= c[None] <= b[:, None]
+        near &= answering.pos_low <= asking.pos_high
     for pattern in rule.patterns:
-        near &= pattern.reaches(a[:, None], b[:, None], c[None], d[None])
+        near &= pattern.reaches(
+            asking.pos_low, asking.pos_high, answering.pos_low, answering.pos_high
+        )
     return jnp.any(near, -1)
 
 
@@ -105,8 +121,13 @@ def _head_tiles(z: Array, tile: int) -> Array:
 
 
 def _visits(near: Array) -> tuple[Array, Array]:
-    """For each row of a bool table: the columns to visit, first in the list, and their number."""
-    return jnp.argsort(~near, axis=1, stable=True), jnp.sum(near, 1)
+    """The tiles to visit, first in the list, and their number, from one row of `reach`; a row at a
+    time, because a table of all pairs of tiles is quadratic in the length."""
+    return jnp.argsort(~near, stable=True), jnp.sum(near)
+
+
+def _one(span: Spans) -> Spans:
+    return Spans(*(z[None] for z in span))
 
 
 def _grouped(z: Array, groups: int) -> Array:
@@ -125,7 +146,8 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, asking: Tokens, answering:
     G, E = v.shape[2], v.shape[-1]
 
     def query_tile(_, xs):
-        q, q_pos, q_seg, order, count = xs
+        q, q_pos, q_seg, span = xs
+        order, count = _visits(reach(rule, _one(span), key_spans)[0])
 
         def step(t, carry):
             top, total, out = carry
@@ -150,8 +172,8 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, asking: Tokens, answering:
         safe = jnp.where(total > 0, total, 1.0)
         return None, (out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), MASK))
 
-    visits = _visits(reach(rule, asking, answering))
-    return lax.scan(query_tile, None, (q, *asking, *visits))[1]
+    key_spans = spans(answering)
+    return lax.scan(query_tile, None, (q, *asking, spans(asking)))[1]
 
 
 def _forward(rule, q, k, v, asking, answering):
@@ -167,7 +189,8 @@ def _backward(residuals, cotangents):
     G = v.shape[2]
 
     def key_tile(carry, xs):
-        k, v, k_pos, k_seg, order, count = xs
+        k, v, k_pos, k_seg, span = xs
+        order, count = _visits(reach(rule, query_spans, _one(span))[:, 0])
 
         def step(t, carry):
             dq, d_rule, dk, dv = carry
@@ -189,9 +212,9 @@ def _backward(residuals, cotangents):
         dq, d_rule, dk, dv = lax.fori_loop(0, count, step, start)
         return (dq, d_rule), (dk.astype(k.dtype), dv.astype(v.dtype))
 
-    visits = _visits(reach(rule, asking, answering).T)
+    query_spans = spans(asking)
     start = (jnp.zeros(q.shape), jax.tree.map(jnp.zeros_like, rule))
-    (dq, d_rule), (dk, dv) = lax.scan(key_tile, start, (k, v, *answering, *visits))
+    (dq, d_rule), (dk, dv) = lax.scan(key_tile, start, (k, v, *answering, spans(answering)))
     return d_rule, dq.astype(q.dtype), dk, dv, None, None
 
 

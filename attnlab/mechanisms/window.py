@@ -52,6 +52,10 @@ class Window(Mechanism):
                 f"window: window={self.window}, sinks={self.sinks}; use window >= 1 and sinks >= 0"
             )
 
+    @property
+    def relative(self) -> bool:
+        return self.sinks == 0
+
     def initial_state(self, dims: Dims, batch: int, dtype=jnp.float32) -> Keys:
         return Keys.empty(dims, batch, self.window - 1 + self.sinks, dtype)
 

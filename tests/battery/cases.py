@@ -1,0 +1,149 @@
+"""What is under test: a mechanism, a position module and a direction, on small random tokens."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from attnlab.core import Dims, Keys, Mechanism, Position, Queries, Rule, mechanisms, positions
+
+LENGTH = 32
+BATCH = 2
+DIMS = Dims(width=16, heads=4, kv_heads=2, key_dim=8, value_dim=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mechanism with one position module; frozen, so that jit knows it again."""
+
+    mechanism: Mechanism
+    position: Position
+    causal: bool = True
+
+    def __str__(self) -> str:
+        direction = "" if self.causal else "-bidirectional"
+        return f"{key_of(self.mechanism)}{fields_of(self.mechanism)}-{self.place}{direction}"
+
+    @cached_property
+    def place(self) -> str:
+        """The position's key."""
+        return key_of(self.position)
+
+    def rule(self, params: Any, **changes: Any) -> Rule:
+        return Rule(params, self.position, self.causal, **changes)
+
+
+def key_of(thing: Mechanism | Position) -> str:
+    """The registry key of an instance: the name of its file."""
+    return type(thing).__module__.rpartition(".")[2]
+
+
+def fields_of(mechanism: Mechanism) -> str:
+    """The fields that differ from the defaults: "(window=5)"."""
+    text = repr(mechanism)
+    return text[text.index("(") :].replace(" ", "") if "(" in text else ""
+
+
+def every() -> list[Case]:
+    """All example instances of all mechanisms, with all positions."""
+    return [
+        Case(example, positions.get(place)())
+        for name in mechanisms.names()
+        for example in mechanisms.get(name).examples()
+        for place in positions.names()
+    ]
+
+
+def one_each() -> list[Case]:
+    """All example instances, each with one position; the positions take turns."""
+    places = positions.names()
+    return [
+        Case(example, positions.get(places[(shift + i) % len(places)])())
+        for shift, name in enumerate(mechanisms.names())
+        for i, example in enumerate(mechanisms.get(name).examples())
+    ]
+
+
+class Inputs(NamedTuple):
+    """All that a call receives: ``params`` = (mechanism's, position's), then tokens, as in
+    `attnlab.core`; ``x`` [B N width]."""
+
+    params: Any
+    q: Any
+    k: Any
+    v: Any
+    x: Any
+    pos: Any
+    seg: Any
+
+    def queries(self) -> Queries:
+        return Queries(self.q, self.pos, self.seg)
+
+    def keys(self) -> Keys:
+        return Keys(self.k, self.v, self.pos, self.seg)
+
+    def tokens(self, change) -> "Inputs":
+        """The same parameters, and every array of tokens [B N ...] changed."""
+        return Inputs(self.params, *(change(z) for z in self[1:]))
+
+    def cast(self, dtype) -> "Inputs":
+        """Features in another dtype; parameters stay."""
+        return self._replace(**{name: getattr(self, name).astype(dtype) for name in "qkvx"})
+
+
+def draw(
+    case: Case, batch: int = BATCH, length: int = LENGTH, dims: Dims = DIMS, seed: int = 0
+) -> Inputs:
+    """Random f32 tokens of one document and parameters a little off their initial value, so that
+    no gate is at a point where its gradient happens to vanish.
+
+    NumPy arrays throughout: a JAX operation outside jit is compiled once for every new shape.
+    """
+    normal = np.random.default_rng(seed).standard_normal
+    pos = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    return Inputs(
+        shaken(initial(case, dims)),
+        normal((batch, length, dims.heads, dims.key_dim), np.float32),
+        normal((batch, length, dims.kv_heads, dims.key_dim), np.float32),
+        normal((batch, length, dims.kv_heads, dims.value_dim), np.float32),
+        normal((batch, length, dims.width), np.float32),
+        pos,
+        np.zeros_like(pos),
+    )
+
+
+@lru_cache
+def initial(case: Case, dims: Dims = DIMS) -> tuple[Any, Any]:
+    """Parameters of the mechanism and of the position module as `init` makes them."""
+    a, b = jax.random.split(jax.random.key(1))
+    return case.mechanism.init(a, dims), case.position.init(b, dims)
+
+
+def shaken(params: Any) -> Any:
+    """``params`` plus noise of standard deviation 0.1 in every real leaf."""
+    normal = np.random.default_rng(1).standard_normal
+
+    def shake(z):
+        z = np.asarray(z)
+        return z + 0.1 * normal(z.shape, z.dtype) if z.dtype == np.float32 else z
+
+    return jax.tree.map(shake, params)
+
+
+def documents(inputs: Inputs, *rows: tuple[int, ...]) -> Inputs:
+    """The same tokens as packed documents of the given lengths, one tuple per batch row; segments
+    count from 1, positions restart, and the tokens left over are empty slots."""
+    pos, seg = np.zeros_like(inputs.pos), np.full_like(inputs.seg, -1)
+    for row, lengths in enumerate(rows):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            pos[row, start : start + length] = np.arange(length)
+            seg[row, start : start + length] = number
+            start += length
+    return inputs._replace(pos=pos, seg=seg)
+
+
+def bidirectional(case: Case) -> Case:
+    return replace(case, causal=False)

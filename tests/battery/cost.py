@@ -1,0 +1,77 @@
+"""Declared growth is real growth: counted, and measured in a process of its own."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+import attnlab
+from battery.cases import BATCH, DIMS, Case, key_of
+
+FAR = 2**17
+"""A length at which the leading term decides."""
+
+
+def check_declared_growth(case: Case) -> None:
+    """`flops` is positive, never falls, and grows with the exponent ``cost.time``; a causal mask
+    never costs more; a state of its own is what ``cost.state`` < 1 promises."""
+    mechanism, cost = case.mechanism, case.mechanism.cost
+    counts = [mechanism.flops(DIMS, n) for n in range(1, 65)]
+    assert counts[0] > 0
+    assert counts == sorted(counts)
+    for causal in (True, False):
+        low, high = (mechanism.flops(DIMS, n, causal) for n in (FAR, 2 * FAR))
+        assert abs(math.log2(high / low) - cost.time) < 0.15
+    assert mechanism.flops(DIMS, FAR) <= mechanism.flops(DIMS, FAR, causal=False)
+    compact = mechanism.initial_state(DIMS, BATCH) != ()
+    assert compact == (cost.state < 1)
+
+
+def check_measured_memory(case: Case, lengths: tuple[int, ...] = (4096, 8192, 16384)) -> None:
+    """Peak memory of a forward and backward pass grows no faster than ``cost.memory`` declares,
+    read off the two longest of N, 2N, 4N once the process itself is subtracted."""
+    base, *peaks = (peak_memory(case, n) for n in (64, *lengths))
+    used = np.asarray(peaks) - base
+    exponent = math.log2(used[-1] / used[-2])
+    assert exponent < case.mechanism.cost.memory + 0.3, f"{used / 2**20} MiB at {lengths}"
+
+
+CHILD = """
+import resource, sys
+import jax, jax.numpy as jnp
+from attnlab.core import Dims, Keys, Queries, Rule, mechanisms, positions
+name, fields, place, causal, N = sys.argv[1], eval(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
+mechanism, position = mechanisms.get(name)(**fields), positions.get(place)()
+dims = Dims(64, 2, 2, 32, 32)
+params, place = mechanism.init(jax.random.key(0), dims), position.init(jax.random.key(1), dims)
+pos = jnp.arange(N, dtype=jnp.int32)[None]
+rule = Rule(place, position, causal == "True")
+def loss(q, k, v, x):
+    keys = Keys(k, v, pos, pos * 0)
+    key = jax.random.key(2)
+    out = mechanism(params, Queries(q, pos, pos * 0), keys, rule, x=x, key=key).out
+    return jnp.sum(out * out)
+tokens = [jnp.ones((1, N, 2, 32)) for _ in range(3)]
+step = jax.jit(jax.grad(loss, (0, 1, 2)))
+jax.block_until_ready(step(*tokens, jnp.ones((1, N, 64))))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_memory(case: Case, length: int) -> int:
+    """Bytes of the largest resident set of a fresh process that takes one gradient."""
+    fields = {name: getattr(case.mechanism, name) for name in vars(case.mechanism)}
+    arguments = key_of(case.mechanism), repr(fields), case.place, str(case.causal), str(length)
+    root = os.path.dirname(os.path.dirname(attnlab.__file__))
+    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(run.stdout) * unit

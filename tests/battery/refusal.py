@@ -1,0 +1,55 @@
+"""A combination without meaning is refused, early and by name, or it must keep every promise."""
+
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from attnlab.core import positions
+from battery.calls import attend, cotangent_of, evaluate
+from battery.cases import Case, bidirectional, draw, key_of
+
+
+def verify(check: Callable[[Case], None], case: Case) -> None:
+    """``check(case)``; where the mechanism refuses the case, the refusal itself is checked, and
+    then the promise in the other direction if that one is accepted."""
+    message = refusal(case)
+    if message is None:
+        return check(case)
+    check_refusal(case, message)
+    other = bidirectional(case)
+    if case.causal and refusal(other) is None and not getattr(check, "causal_only", False):
+        check(other)
+    return None
+
+
+def causal_only(check):
+    """Marks a promise that has no meaning without an order of time."""
+    check.causal_only = True
+    return check
+
+
+def refusal(case: Case) -> str | None:
+    """The one line with which the mechanism refuses this case, or None."""
+    try:
+        jax.eval_shape(lambda inputs: attend(case, inputs).out, draw(case))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_refusal(case: Case, message: str) -> None:
+    """Both forms refuse with the same single line, which names the mechanism and the thing it
+    cannot be combined with; and some case of the mechanism is accepted."""
+    assert "\n" not in message
+    assert key_of(case.mechanism) in message, message
+    named = case.place in message or ("causal" if case.causal else "bidirectional") in message
+    assert named, f"{message!r} names neither the position nor the direction"
+    for form in ("fast", "reference"):
+        inputs = draw(case)
+        with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+            jax.eval_shape(lambda z, form=form: evaluate(case, z, cotangent_of(z), form), inputs)
+        assert str(error.value) == message
+    plain = Case(case.mechanism, positions.get("none")())
+    accepted = [c for c in (plain, bidirectional(plain)) if refusal(c) is None]
+    assert accepted, f"{key_of(case.mechanism)} refuses everything"
