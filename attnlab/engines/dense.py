@@ -1,6 +1,7 @@
 """Softmax attention with the whole [N, M] array in memory: the oracle, and the form that taps on
 logits and probabilities need."""
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
@@ -14,7 +15,9 @@ def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Arra
     """
     seen = rule.allowed(queries, keys)[:, None]
     z = rule.logits(queries, keys)
-    top = jnp.max(z, -1, keepdims=True)
+    # Any shift gives the same result, so it has no gradient; that of a maximum is NaN when the
+    # compiler rounds the logits differently where it looks for the maximum again.
+    top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
     weight = jnp.where(seen, jnp.exp(z - top), 0.0)
     total = jnp.sum(weight, -1, keepdims=True)
     probs = rule.tap("probs", weight / jnp.where(total > 0, total, 1.0))
