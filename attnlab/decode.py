@@ -44,7 +44,8 @@ def extend(
     """Logits [B V] after ``tokens`` [B N] appended to what ``memory`` holds, and the new memory."""
     B, N = tokens.shape
     pos = jnp.broadcast_to(memory[0].used + jnp.arange(N), (B, N))
-    logits, extras = model.apply({"params": params}, tokens, pos, jnp.ones_like(pos), memory)
+    out: Any = model.apply({"params": params}, tokens, pos, jnp.ones_like(pos), memory)
+    logits, extras = out
     return logits[:, -1], extras.memory
 
 
@@ -162,11 +163,10 @@ def generate(
     run = open_run(workdir, step)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = {k: run.config.sample[k] if v is None else v for k, v in given.items()}
-    prompt = run.config.sample.prompt if prompt is None else prompt
     count = run.config.sample.tokens if tokens is None else tokens
     if count < 0:
         raise UserError(f"tokens={count} must be at least 0")
-    ids = prompt_ids(prompt, run.tokenizer)
+    ids = prompt_ids(run.config.sample.prompt if prompt is None else prompt, run.tokenizer)
     stream = stream_tokens(
         run.model, run.params, ids, context=run.config.task.length, seed=seed, **options
     )

@@ -25,7 +25,8 @@ def make_mesh(text: str) -> Mesh:
     Raises `UserError` for an unknown axis, a size that is no number, or a product that is not the
     number of devices.
     """
-    count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
+    count = jax.device_count()
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         if not re.fullmatch(rf"({'|'.join(AXES)}):(-1|[1-9][0-9]{{0,8}})", part):

@@ -216,8 +216,8 @@ class Trainer:
                 **{
                     "train/loss": loss,
                     "train/bits_per_byte": bits,
-                    "train/grad_norm": float(metrics["grad_norm"]),
-                    "train/learning_rate": float(self.schedule(step - 1)),
+                    "train/grad_norm": metrics["grad_norm"],
+                    "train/learning_rate": float(np.asarray(self.schedule(step - 1))),
                     "train/tokens_per_second": self.progress.tokens_per_second,
                 },
             )
