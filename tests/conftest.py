@@ -1,0 +1,12 @@
+"""One setting for all tests: eight virtual CPU devices, exact products, compilations kept."""
+
+from pathlib import Path
+
+import jax
+
+CACHE = Path(__file__).parents[1] / ".jax_cache"
+
+jax.config.update("jax_num_cpu_devices", 8)  # must precede the first use of a device
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
