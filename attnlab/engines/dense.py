@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
+from attnlab.engines import report_use
 
 
 def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Array]:
@@ -13,6 +14,7 @@ def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Arra
     Returns ``out`` [B N H E] in the dtype of the queries, ``lse`` [B H N] f32 (`MASK` for an empty
     row) and ``probs`` [B H N M] f32. Cost: O(N M) time and memory.
     """
+    report_use("dense", "XLA")
     seen = rule.allowed(queries, keys)[:, None]
     z = rule.logits(queries, keys)
     # Any shift gives the same result, so it has no gradient; that of a maximum is NaN when the
