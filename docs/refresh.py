@@ -1,0 +1,126 @@
+"""Rewrites what the pages repeat: the tables of mechanisms, positions, configs, corpora, results.
+
+python docs/refresh.py
+
+Each stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; so does the code of ``docs/examples``
+that the README shows. A test fails while a page is not what this would write.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnlab.core import mechanisms, positions
+from attnlab.data.corpora import CORPORA
+from attnlab.literals import text_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reference.md")
+RESULTS = ROOT / "experiments" / "quickstart" / "results.json"
+GROWTH = {0.0: "1", 1.0: "N"}
+
+
+def refreshed(text: str) -> str:
+    """``text`` with every marked part written anew. Raises `KeyError` for an unknown mark."""
+    known = parts()
+    marked = re.compile(r"(<!-- ([a-z]+:[a-z]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    return marked.sub(lambda m: f"{m[1]}{known[m[2]]}\n{m[3]}", text)
+
+
+def parts() -> dict[str, str]:
+    """What stands between the markers, by their name."""
+    example = (ROOT / "docs" / "examples" / "strided.py").read_text(encoding="utf-8")
+    return {
+        "table:mechanisms": mechanism_table(),
+        "table:positions": position_table(),
+        "table:configs": config_table(),
+        "table:corpora": corpus_table(),
+        "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
+        "code:strided": f"```python\n{example}```",
+        "modules:mechanisms": modules("attnlab.mechanisms", mechanisms.names()),
+        "modules:positions": modules("attnlab.positions", positions.names()),
+    }
+
+
+def mechanism_table() -> str:
+    """Every registered mechanism: declared growth in the length N, options, first sentence."""
+    rows = [
+        (f"`{name}`", *map(growth, cls.cost), options(cls), summary(cls))
+        for name, cls in ((name, mechanisms.get(name)) for name in mechanisms.names())
+    ]
+    return table(("`attention=`", "time", "memory", "state", "options", ""), rows)
+
+
+def position_table() -> str:
+    """Every registered position module."""
+    rows = [
+        (f"`{name}`", options(cls), summary(cls))
+        for name, cls in ((name, positions.get(name)) for name in positions.names())
+    ]
+    return table(("`position=`", "options", ""), rows)
+
+
+def config_table() -> str:
+    """Every config file and the first line of its docstring."""
+    rows = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        rows.append((f"`configs/{path.name}`", about.partition("\n")[0]))
+    return table(("`--config=`", ""), rows)
+
+
+def corpus_table() -> str:
+    """Every corpus that has a name."""
+    rows = [(f"`{name}`", source.description, source.licence) for name, source in CORPORA.items()]
+    return table(("`task.corpus`", "what", "licence"), rows)
+
+
+def result_table(results: dict) -> str:
+    """The recorded runs, whose format is in ``experiments/README.md``."""
+    rows = [
+        (
+            f"`{run['command']}`",
+            f"{run['test_bits_per_byte']:.3f}",
+            ", ".join(f"{n} {b['after_train']:.3f}" for n, b in run["baselines"].items()),
+            f"{run['seconds'] / 60:.1f} min",
+            f"{run['hardware']}, jax {run['versions']['jax']}",
+        )
+        for run in results.values()
+        if run is not None
+    ]
+    head = ("command", "test bits per byte", "compressors, after the training text", "time", "on")
+    return table(head, rows) if rows else "No run is recorded yet."
+
+
+def modules(package: str, names: Sequence[str]) -> str:
+    """Directives that show every module of a package on the documentation site."""
+    lines = [f".. automodule:: {package}.{name}" for name in names]
+    return "\n".join(["```{eval-rst}", *lines, "```"])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def growth(exponent: float) -> str:
+    return GROWTH.get(exponent, f"N^{exponent:g}")
+
+
+def options(cls: type) -> str:
+    """The fields of a dataclass with their defaults, as they are typed after its section."""
+    fields = getattr(cls, "__dataclass_fields__", {}).values()
+    return ", ".join(f"`{field.name}={text_of(field.default)}`" for field in fields) or "none"
+
+
+def summary(cls: type) -> str:
+    return (cls.__doc__ or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")

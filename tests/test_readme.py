@@ -1,0 +1,113 @@
+"""What the README says can be typed, run and read as it stands."""
+
+import importlib.util
+import re
+import shlex
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from attnlab.flags import parse_line
+from attnlab.limits import validate
+from attnlab.main import COMMANDS
+from attnlab.overrides import load, override
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+RESULTS = ROOT / "experiments" / "quickstart" / "results.json"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every ``attnlab ...`` of the pages: lines of shell blocks, and inline code with a flag."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        shell = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+        found += re.findall(r"^attnlab .*", shell, re.MULTILINE)
+        found += re.findall(r"`(attnlab (?:list|data|train|evaluate|generate|report) [^`]*)`", text)
+    return list(dict.fromkeys(found))
+
+
+@lru_cache
+def refresh():
+    spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", refresh().PAGES, ids=lambda page: page.name)
+def test_tables_and_example_are_what_the_code_says(page):
+    text = page.read_text(encoding="utf-8")
+    assert refresh().refreshed(text) == text, "run: python docs/refresh.py"
+
+
+def test_every_table_stands_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in refresh().PAGES)
+    assert all(f"<!-- {name} -->\n" in text for name in refresh().parts())
+    assert text.count("<!-- /") == len(refresh().parts())
+
+
+def test_a_recorded_run_becomes_a_row():
+    run = {
+        "command": "attnlab train --config=configs/quickstart.py --workdir=runs/quickstart",
+        "hardware": "2 cores",
+        "versions": {"jax": "0.10.2"},
+        "seconds": 90,
+        "test_bits_per_byte": 2.0004,
+        "baselines": {"xz -9e": {"alone": 3.0, "after_train": 2.5}},
+    }
+    row = refresh().result_table({"quickstart": run, "laptop": None}).splitlines()[-1]
+    assert row == f"| `{run['command']}` | 2.000 | xz -9e 2.500 | 1.5 min | 2 cores, jax 0.10.2 |"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_can_be_typed(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, name, *words = shlex.split(command)
+    line = parse_line(name, COMMANDS[name], words)
+    if "config" in line.flags:
+        config = load(line.flags["config"])
+        for path, text in line.overrides:
+            override(config, path, text)
+        validate(config)
+
+
+def test_there_are_commands_to_check():
+    assert {shlex.split(c)[1] for c in commands()} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_named_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    for link in links:
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"\b(?:attnlab|configs|docs|experiments|tests)/[\w/]+\.\w+", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_python_blocks_run():
+    examples = [block for block in blocks("python") if "@register" not in block]
+    assert len(examples) == 2
+    for block in examples:
+        names: dict = {}
+        exec(compile(block, "README.md", "exec"), names)
+        if "get_config" in names:
+            validate(names["get_config"]("attention=window"))
+        else:
+            assert names["gradient"].shape == names["q"].shape
+
+
+def test_the_test_command_is_the_one_that_is_run_here():
+    command = "pip install -e '.[test]' && pytest"
+    assert f"```sh\n{command}\n```" in README
+    assert f"  {command}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
