@@ -1,6 +1,7 @@
 """Sampling from a trained run: prefill the prompt, then one token a call from a fixed buffer."""
 
 import codecs
+import itertools
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -25,10 +26,11 @@ def draw(logits: Array, key: Array, temperature: Array, top_k: Array, top_p: Arr
     size = logits.shape[-1]
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, -1)
-    ranked /= jnp.where(temperature > 0, temperature, 1.0)
+    # The largest becomes 0, so that no temperature overflows.
+    ranked = (ranked - ranked[..., :1]) / jnp.where(temperature > 0, temperature, 1.0)
     keep = jnp.arange(size) < jnp.where(top_k > 0, top_k, size)
     probs = jax.nn.softmax(jnp.where(keep, ranked, MASK))
-    keep &= jnp.cumsum(probs, -1) - probs < top_p
+    keep &= (jnp.cumsum(probs, -1) - probs < top_p) | (top_p >= 1)  # rounding may pass 1
     keep |= jnp.arange(size) == 0
     rank = jax.random.categorical(key, jnp.where(keep, ranked, MASK))
     rank = jnp.where(temperature > 0, rank, 0)
@@ -42,11 +44,44 @@ def extend(
     """Logits [B V] after ``tokens`` [B N] appended to what ``memory`` holds, and the new memory."""
     B, N = tokens.shape
     pos = jnp.broadcast_to(memory[0].used + jnp.arange(N), (B, N))
-    logits, extras = model.apply({"params": params}, tokens, pos, jnp.ones_like(pos), memory)
+    out: Any = model.apply({"params": params}, tokens, pos, jnp.ones_like(pos), memory)
+    logits, extras = out
     return logits[:, -1], extras.memory
 
 
 _draw = jax.jit(draw)
+
+
+def prompt_ids(prompt: str, tokenizer: Any) -> np.ndarray:
+    """Token ids of a prompt at the start of a document, from the bytes that were typed."""
+    text = prompt.encode(errors="surrogateescape")
+    return np.concatenate([[tokenizer.boundary], tokenizer.encode(text)])
+
+
+def check_prompt(prompt: np.ndarray, context: int) -> None:
+    """Raises `UserError` for a prompt [n] that is empty or longer than the context."""
+    if not 0 < len(prompt) <= context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens with its start mark, the model is trained on "
+            f"{context}; use between 1 and that many"
+        )
+
+
+def _check_settings(
+    prompt: np.ndarray, vocab_size: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    outside = prompt[(prompt < 0) | (prompt >= vocab_size)]
+    if outside.size:
+        raise UserError(
+            f"token id {outside[0]} in the prompt is outside the vocabulary 0..{vocab_size - 1}"
+        )
+    for name, value, fine, legal in (
+        ("temperature", temperature, 0 <= temperature < float("inf"), ">= 0"),
+        ("top_k", top_k, top_k >= 0, ">= 0 (0 = off)"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise UserError(f"{name}={value}: must be {legal}")
 
 
 def stream_tokens(
@@ -67,24 +102,9 @@ def stream_tokens(
     `UserError` for an empty or too long prompt, an id that the model does not have, or a sampling
     setting out of range.
     """
-    if not 0 < len(prompt) <= context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, the model was trained on {context}; "
-            "use between 1 and that many"
-        )
-    if prompt.min() < 0 or prompt.max() >= model.vocab_size:
-        raise UserError(
-            f"token id {prompt.max() if prompt.min() >= 0 else prompt.min()} in the prompt is "
-            f"outside the vocabulary 0..{model.vocab_size - 1}"
-        )
-    for name, value, legal in (
-        ("temperature", temperature, 0 <= temperature < float("inf")),
-        ("top_k", top_k, top_k >= 0),
-        ("top_p", top_p, 0 < top_p <= 1),
-    ):
-        if not legal:
-            limits = {"temperature": ">= 0", "top_k": ">= 0 (0 = off)", "top_p": "in (0, 1]"}
-            raise UserError(f"{name}={value}: must be {limits[name]}")
+    prompt = np.asarray(prompt)
+    check_prompt(prompt, context)
+    _check_settings(prompt, model.vocab_size, temperature, top_k, top_p)
     settings = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
     key, count, seen = jax.random.key(seed), 0, list(map(int, prompt))
 
@@ -108,8 +128,7 @@ def stream_tokens(
 def sample_text(model: Transformer, params: Any, tokenizer: Any, settings: Any, **options) -> bytes:
     """The prompt of ``settings`` (`config.sample`) and its continuation, to the end of the document
     or ``settings.tokens``."""
-    prompt = settings.prompt.encode()
-    ids = np.concatenate([[tokenizer.boundary], tokenizer.encode(prompt)])
+    ids = prompt_ids(settings.prompt, tokenizer)
     tokens = stream_tokens(
         model,
         params,
@@ -120,11 +139,11 @@ def sample_text(model: Transformer, params: Any, tokenizer: Any, settings: Any, 
         **options,
     )
     drawn = []
-    for _, token in zip(range(settings.tokens), tokens):
+    for token in itertools.islice(tokens, settings.tokens):
         if token == tokenizer.boundary:
             break
         drawn.append(token)
-    return prompt + tokenizer.decode(np.asarray(drawn, np.int32))
+    return tokenizer.decode(np.asarray([*ids, *drawn], np.int32))
 
 
 def generate(
@@ -144,18 +163,16 @@ def generate(
     run = open_run(workdir, step)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = {k: run.config.sample[k] if v is None else v for k, v in given.items()}
-    prompt = run.config.sample.prompt if prompt is None else prompt
     count = run.config.sample.tokens if tokens is None else tokens
     if count < 0:
         raise UserError(f"tokens={count} must be at least 0")
-    text = prompt.encode(errors="surrogateescape")
-    ids = np.concatenate([[run.tokenizer.boundary], run.tokenizer.encode(text)])
+    ids = prompt_ids(run.config.sample.prompt if prompt is None else prompt, run.tokenizer)
     stream = stream_tokens(
         run.model, run.params, ids, context=run.config.task.length, seed=seed, **options
     )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    sys.stdout.write(decoder.decode(text))
-    for _, token in zip(range(count), stream):
+    sys.stdout.write(decoder.decode(run.tokenizer.decode(ids)))
+    for token in itertools.islice(stream, count):
         if token == run.tokenizer.boundary:
             break
         sys.stdout.write(decoder.decode(run.tokenizer.decode(np.asarray([token]))))

@@ -12,7 +12,7 @@ so that ``bits per byte`` is the size of a real code and may be compared with co
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from attnlab.errors import DataError, UserError
 from attnlab.files import write_json
 from attnlab.model import Transformer
+from attnlab.sharding import put
 from attnlab.step import token_losses
 
 BOOTSTRAP = 1000
+
+
+class Stopped(Exception):
+    """Scoring was told to stop before its end."""
 
 
 class Window(NamedTuple):
@@ -48,8 +55,8 @@ def cut_windows(targets: int, length: int, stride: int) -> Iterator[Window]:
 
 @dataclass
 class Scores:
-    """Sums over the scored tokens. ``by_context`` and ``counts`` [length]: nats and tokens by the
-    number of tokens of the window before the predicted one's predecessor."""
+    """Sums over the scored tokens. ``by_context`` and ``counts`` [length]: nats and tokens by how
+    many tokens of the window stand before the newest one that is seen."""
 
     length: int
     documents: list[tuple[str, float, int]] = field(default_factory=list)  # name, nats, bytes
@@ -78,7 +85,7 @@ class Scores:
         return {
             "bits_per_byte": nats / size / math.log(2),
             "bits_per_byte_95": self._interval(),
-            "token_perplexity": math.exp(nats / self.tokens),
+            "token_perplexity": _exp(nats / self.tokens),
             "word_perplexity": _exp(nats / self.words) if self.words else None,
             "nats": nats,
             "tokens": self.tokens,
@@ -109,9 +116,12 @@ class Scores:
         return rows
 
 
-@partial(jax.jit, static_argnums=0)
-def _losses(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    return token_losses(model, params, batch)[0]
+@partial(jax.jit, static_argnums=(0, 3))
+def _losses(
+    model: Transformer, params: Any, batch: dict[str, jax.Array], out: NamedSharding | None
+) -> jax.Array:
+    nll = token_losses(model, params, batch)[0]
+    return nll if out is None else jax.lax.with_sharding_constraint(nll, out)
 
 
 def score(
@@ -124,19 +134,32 @@ def score(
     stride: int,
     batch: int = 16,
     tokens: int = 0,
+    sharding: NamedSharding | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Scores:
-    """Scores the documents of a split (at most about ``tokens`` targets when > 0).
+    """Scores the documents of a split (the first ``tokens`` targets when > 0).
 
-    Cost: a forward pass over length / stride tokens for every token of the split. Raises
-    `UserError` for a stride outside 1..length, `DataError` for an empty split.
+    Cost: a forward pass over length / stride tokens for every token of the split. ``sharding``
+    spreads the windows over devices; every process must then call. ``stop()`` is asked between
+    batches. Raises `UserError` for a stride outside 1..length, `DataError` for an empty split,
+    `Stopped`.
     """
     if not 1 <= stride <= length:
         raise UserError(f"stride={stride} must lie between 1 and the length, {length}")
-    result = Scores(length)
+    result, everywhere, share = Scores(length), None, slice(None)
+    if sharding is not None:
+        batch = -(-batch // sharding.num_devices) * sharding.num_devices
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        part = batch // jax.process_count()
+        share = slice(part * jax.process_index(), part * (jax.process_index() + 1))
     rows = _rows(task.documents(split), task, length, stride, tokens, result)
     while chunk := [row for _, row in zip(range(batch), rows)]:
-        arrays = _stack(chunk, length, batch)
-        nll = np.asarray(_losses(model, params, arrays), np.float64)
+        if stop():
+            raise Stopped
+        arrays: Any = _stack(chunk, length, batch)
+        if sharding is not None:
+            arrays = put({name: z[share] for name, z in arrays.items()}, sharding)
+        nll = np.asarray(_losses(model, params, arrays, everywhere), np.float64)
         for (index, window, _), values in zip(chunk, nll):
             low, high = window.first - window.start, window.stop - window.start
             name, nats, size = result.documents[index]
@@ -147,6 +170,32 @@ def score(
     if not result.tokens:
         raise DataError(f"nothing to score: the {split} split is empty")
     return result
+
+
+def score_split(
+    model: Transformer,
+    params: Any,
+    task: Any,
+    config: ConfigDict,
+    split: str,
+    step: int,
+    *,
+    length: int = 0,
+    stride: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """`score` and `describe_scores` with the settings of `config.evaluate`; options of `score`.
+
+    ``length`` and ``stride`` replace those of the config when they are not 0.
+    """
+    settings, trained = config.evaluate, config.task.length
+    length = length or settings.length or trained
+    if length < 1:
+        raise UserError(f"length={length} must be at least 1")
+    stride = stride or min(settings.stride or length, length)
+    batch = max(1, settings.batch * trained // max(length, trained))
+    scores = score(model, params, task, split, length=length, stride=stride, batch=batch, **options)
+    return describe_scores(scores, task, config, split, stride, step)
 
 
 def _rows(
@@ -183,8 +232,9 @@ def _stack(chunk: list, length: int, batch: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+def _exp(x: float) -> float | None:
+    """None where a float, and JSON, cannot hold it."""
+    return math.exp(x) if x < 700 else None
 
 
 def evaluate(
@@ -195,35 +245,36 @@ def evaluate(
     step: int | None = None,
 ) -> None:
     """Scores a run, prints the numbers, and writes a JSON file and a plot into
-    ``workdir/evaluations``. Lengths beyond the training length are legal."""
+    ``workdir/evaluations``. Lengths beyond the training length are legal. Raises `UserError` for a
+    wrong split, length, stride or step, `DataError` for data or checkpoints that cannot be read."""
     from attnlab.plots import plot_contexts
     from attnlab.runs import open_run
 
+    for name, value in (("length", length), ("stride", stride)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
     run = open_run(workdir, step)
-    settings = run.config.evaluate
-    length = length or settings.length or run.config.task.length
-    stride = stride or min(settings.stride or length, length)
-    if length < 1:
-        raise UserError(f"length={length} must be at least 1")
     task = run.task()
-    scores = score(
+    result = score_split(
         run.model,
         run.params,
         task,
+        run.config,
         split,
-        length=length,
-        stride=stride,
-        batch=max(
-            1, settings.batch * run.config.task.length // max(length, run.config.task.length)
-        ),
+        run.step,
+        length=length or 0,
+        stride=stride or 0,
     )
-    result = describe_scores(scores, task, run.config, split, stride, run.step)
-    name = f"{split}-length{length}-stride{stride}-step{run.step}"
-    folder = Path(workdir) / "evaluations"
-    folder.mkdir(exist_ok=True)
-    write_json(folder / f"{name}.json", result)
-    plot_contexts({f"{split}, {length} tokens": result["loss_by_context"]}, folder / f"{name}.png")
     print(format_scores(result))
+    name = f"{split}-length{result['length']}-stride{result['stride']}-step{run.step}"
+    folder = run.path / "evaluations"
+    try:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{name}.json", result)
+        curve = {f"{split}, {result['length']} tokens": result["loss_by_context"]}
+        plot_contexts(curve, folder / f"{name}.png")
+    except OSError as error:
+        raise DataError(f"cannot write in {folder}: {error.strerror}") from None
     print(f"written: {folder / name}.json and .png")
 
 
@@ -253,17 +304,17 @@ def describe_scores(
 
 def format_scores(result: dict[str, Any]) -> str:
     """A few lines for a terminal."""
-    low, high = result["bits_per_byte_95"] or (math.nan, math.nan)
-    words = result["word_perplexity"]
+    interval, words = result["bits_per_byte_95"], result["word_perplexity"]
+    shown = f"  (95 % over documents: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    per_token = result["token_perplexity"]
     lines = [
         f"{result['corpus']}, {result['split']} split: {result['documents']} documents, "
         f"{result['bytes']:,} bytes, step {result['step']}",
         f"window {result['length']}, stride {result['stride']} "
         f"(trained on {result['trained_length']})",
-        f"  bits per byte     {result['bits_per_byte']:.4f}"
-        + (f"  (95 % over documents: {low:.3f} to {high:.3f})" if low == low else ""),
-        f"  token perplexity  {result['token_perplexity']:.3f}",
-        f"  word perplexity   {words:.4g}" if words else "  word perplexity   no words",
+        f"  bits per byte     {result['bits_per_byte']:.4f}{shown}",
+        f"  token perplexity  {per_token:.4g}" if per_token else "  token perplexity  beyond e^700",
+        f"  word perplexity   {words:.4g}" if words else "  word perplexity   no words or > e^700",
         "  context   bits per token",
     ]
     for row in result["loss_by_context"]:

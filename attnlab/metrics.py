@@ -57,14 +57,19 @@ class Writer:
             if name not in SINKS:
                 raise UserError(f"unknown metrics sink {name!r}; {did_you_mean(name, SINKS)}")
         self._sinks: list[Sink] = []
-        if process != 0:
+        self._directory = Path(os.path.abspath(directory))
+        self._names, self._config, self._process = sinks, dict(config or {}), process
+        self._open(resume)
+
+    def _open(self, resume: int | None) -> None:
+        if self._process != 0:
             return
-        directory = Path(os.path.abspath(directory))
+        directory = self._directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._sinks.append(_Lines(directory / NAME, resume))
-            for name in sinks:
-                self._sinks.append(SINKS[name](directory, resume, dict(config or {})))
+            for name in self._names:
+                self._sinks.append(SINKS[name](directory, resume, self._config))
         except OSError as error:
             self.close()
             raise DataError(f"cannot write metrics in {directory}: {error.strerror}") from None
@@ -90,6 +95,11 @@ class Writer:
         plain = {name: _plain(name, value) for name, value in scalars.items()}
         for sink in self._sinks:
             sink.write(int(step), plain)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was measured after `step`: the run goes on from there."""
+        self.close()
+        self._open(step)
 
     def flush(self) -> None:
         """Makes everything written so far durable."""
@@ -195,7 +205,7 @@ class _WandB:
         if not identity.exists():
             replace_file(identity, secrets.token_hex(8).encode())
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "attnlab"),
+            project=config.get("train", {}).get("wandb") or os.environ.get("WANDB_PROJECT"),
             name=directory.name,
             id=identity.read_text().strip(),
             dir=str(directory),

@@ -44,8 +44,8 @@ def _adamw(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransforma
 
 def _muon(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformation:
     """Orthogonalised momentum for matrices, with updates of RMS 0.2 times the learning rate, and
-    Adam at a fifth of the rate for the rest, whose updates are then as large. Learning rates are
-    some five times those of AdamW. Source: Jordan et al. 2024; Liu et al., arXiv 2502.16982."""
+    Adam at half the rate for the rest. Learning rates are some five times those of AdamW.
+    Source: Jordan et al., 2024; Liu et al., arXiv 2502.16982."""
     from optax import contrib
 
     def dimensions(params: Any) -> Any:
@@ -60,7 +60,7 @@ def _muon(config: ConfigDict, rate: optax.Schedule) -> optax.GradientTransformat
         weight_decay_mask=is_matrix,
         muon_weight_dimension_numbers=dimensions,
         consistent_rms=0.2,
-        adam_learning_rate=lambda step: 0.2 * rate(step),
+        adam_learning_rate=lambda step: 0.5 * rate(step),
     )
 
 

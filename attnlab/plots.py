@@ -1,14 +1,18 @@
 """Pictures of a run, as PNG files."""
 
+import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-GREYS = ("#8c8c8c", "#595959", "#262626")
+from attnlab.files import replace_file
+
+GREYS = ("#8c8c8c", "#6f6f6f", "#525252")
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#7a4e9e", "#3b3b3b")
 
 
-def _axes(width: float = 8, height: float = 4.5):
+def _axes(width: float = 8, height: float = 4.2):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -19,9 +23,13 @@ def _axes(width: float = 8, height: float = 4.5):
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=130, format="png")
+    replace_file(path, content.getvalue())
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(r["step"], r[key]) for r in rows if math.isfinite(r.get(key, math.nan))]
 
 
 def plot_training(
@@ -30,31 +38,34 @@ def plot_training(
     baselines: Mapping[str, float] | None = None,
 ) -> None:
     """Bits per byte against the step: training (thin) and validation (dots) of each run, given the
-    rows of its metrics.jsonl; horizontal lines for the ``baselines``."""
+    rows of its metrics.jsonl; horizontal lines for the ``baselines``. Writes a PNG."""
     figure, axes = _axes()
-    lowest, ends = [], []
+    shown: list[float] = list((baselines or {}).values())
     for i, (name, rows) in enumerate(runs.items()):
         colour = COLOURS[i % len(COLOURS)]
         for key, style in (
-            ("train/bits_per_byte", {"lw": 1, "alpha": 0.6}),
+            ("train/bits_per_byte", {"lw": 1, "alpha": 0.55}),
             ("validation/bits_per_byte", {"lw": 1.5, "marker": "o", "ms": 4}),
         ):
-            points = [(r["step"], r[key]) for r in rows if key in r]
-            if points:
+            if points := _points(rows, key):
                 label = f"{name}: " * (len(runs) > 1) + key.partition("/")[0]
                 axes.plot(*zip(*points), color=colour, label=label, **style)
-                ends.append(points[-1][0])
-                lowest.append(sorted(y for _, y in points)[len(points) // 2])
-    right = max(ends, default=1)
+                shown += [y for _, y in points]
     for (name, bits), grey in zip((baselines or {}).items(), GREYS):
         axes.axhline(bits, color=grey, ls="--", lw=1)
-        axes.text(right, bits, f" {name}", color=grey, va="center", fontsize=9)
-        lowest.append(bits)
-    if lowest:
-        values = [v for rows in runs.values() for r in rows for k, v in r.items() if "bits" in k]
-        axes.set_ylim(min([*values, *lowest]) - 0.1, min(max(values), 1.6 * max(lowest)))
+        # Beside the axes, where no curve runs through the words.
+        place = axes.get_yaxis_transform()
+        axes.text(1.01, bits, name, color=grey, va="center", fontsize=9, transform=place)
+    if shown:
+        # The first steps of a byte model are at 8 bits and would flatten all that follows.
+        middle = sorted(shown)[len(shown) // 2]
+        top = min(max(shown), max(1.6 * middle, *(baselines or {"": 0}).values()))
+        axes.set_ylim(min(shown) - 0.05 * top, 1.03 * top)
     axes.set(xlabel="step", ylabel="bits per byte")
-    axes.legend(frameon=False, loc="upper right")
+    if axes.lines[len(baselines or {}) :]:
+        axes.legend(frameon=False, loc="upper right")
+    else:
+        axes.text(0.5, 0.5, "no step was measured", ha="center", transform=axes.transAxes)
     _save(figure, path)
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from attnlab.config import base, diff
 from attnlab.decode import sample_text
 from attnlab.errors import UserError
-from attnlab.evaluate import describe_scores, format_scores, score
+from attnlab.evaluate import format_scores, score_split
 from attnlab.files import read_json, replace_file, write_json
 from attnlab.metrics import read_metrics
 from attnlab.plots import plot_contexts, plot_training
@@ -31,28 +31,26 @@ img { max-width: 100% } .note { color: #666 }
 """
 
 
-def finish(run: Workdir, config: ConfigDict, task: Any, model: Any, state: Any) -> None:
+def finish(
+    run: Workdir,
+    config: ConfigDict,
+    task: Any,
+    model: Any,
+    params: Any,
+    step: int,
+    **scoring: Any,
+) -> None:
     """Scores the test split, samples, plots and writes the report of a run at its last step, prints
-    the essentials and marks the run as finished."""
-    settings, step = config.evaluate, int(state.step)
-    length = settings.length or config.task.length
-    stride = min(settings.stride or length, length)
+    the essentials and marks the run as finished. ``scoring``: options of `evaluate.score`."""
     results = {}
     for split in ("validation", "test"):
-        scores = score(
-            model,
-            state.evaluated,
-            task,
-            split,
-            length=length,
-            stride=stride,
-            batch=settings.batch,
-            tokens=settings.tokens if split == "validation" else 0,
+        tokens = config.evaluate.tokens if split == "validation" else 0
+        results[split] = score_split(
+            model, params, task, config, split, step, tokens=tokens, **scoring
         )
-        results[split] = describe_scores(scores, task, config, split, stride, step)
         write_json(run.path / f"{split}.json", results[split])
     options = {"context": config.task.length, "seed": config.seed}
-    sample = sample_text(model, state.evaluated, task.tokenizer, config.sample, **options)
+    sample = sample_text(model, params, task.tokenizer, config.sample, **options)
     replace_file(run.path / "sample.txt", sample)
     baselines = task.baselines("test")
     write_json(run.path / "baselines.json", baselines)

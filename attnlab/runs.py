@@ -10,14 +10,14 @@ from attnlab.checkpoint import Checkpoints
 from attnlab.config import from_json, model_of
 from attnlab.errors import UserError
 from attnlab.model import Transformer
-from attnlab.optimizer import make_optimizer
-from attnlab.step import init_state
+from attnlab.step import init_params
 from attnlab.workdir import Workdir
 
 
 class Run(NamedTuple):
     """``params`` are those that the run evaluates (the average where one is kept)."""
 
+    path: Path
     config: ConfigDict
     model: Transformer
     params: Any
@@ -44,12 +44,12 @@ def open_run(path: str | Path, step: int | None = None) -> Run:
     config = from_json(file.read_text(encoding="utf-8"), str(file))
     tokenizer = tokenizers.load(workdir.path)
     model = model_of(config, tokenizer.vocab_size)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, config))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=here), shapes)
+    part = "average" if config.optimizer.ema else "params"
     with Checkpoints(workdir.checkpoints) as checkpoints:
         if not checkpoints.found():
             raise UserError(f"no checkpoint in {workdir.path} yet; train it first")
-        found, state, _ = checkpoints.restore(like, step)
-    return Run(config, model, state.evaluated, found, tokenizer)
+        found, state, _ = checkpoints.read({part: like}, step)
+    return Run(workdir.path, config, model, state[part], found, tokenizer)

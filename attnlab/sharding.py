@@ -3,6 +3,8 @@
 Axes: ``data`` splits the batch; ``fsdp`` splits the batch and every large parameter.
 """
 
+import math
+import re
 from typing import Any
 
 import jax
@@ -23,26 +25,27 @@ def make_mesh(text: str) -> Mesh:
     Raises `UserError` for an unknown axis, a size that is no number, or a product that is not the
     number of devices.
     """
-    count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
-    for part in filter(None, text.split(",")):
-        axis, _, size = part.partition(":")
-        if (
-            axis not in AXES
-            or not size.lstrip("-").isdigit()
-            or int(size) not in (-1, *range(1, 1 << 20))
-        ):
+    count = jax.device_count()
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not re.fullmatch(rf"({'|'.join(AXES)}):(-1|[1-9][0-9]{{0,8}})", part):
             raise UserError(
-                f"mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS in {', '.join(AXES)}"
+                f"mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS in {', '.join(AXES)} and SIZE "
+                "at least 1, or -1 for the devices left"
             )
+        axis, _, size = part.partition(":")
         sizes[axis] = int(size)
+    if len({part.partition(":")[0] for part in parts}) < len(parts):
+        raise UserError(f"mesh={text!r} names an axis twice")
     if list(sizes.values()).count(-1) > 1:
         raise UserError(f"mesh={text!r}: only one size may be -1")
-    known = int(np.prod([s for s in sizes.values() if s > 0]))
+    known = math.prod(size for size in sizes.values() if size > 0)
     sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != count:
+    places = math.prod(sizes.values())
+    if places != count:
         raise UserError(
-            f"mesh={text!r} has {int(np.prod(list(sizes.values())))} places for {count} devices; "
-            f"use data:{count} or data:-1"
+            f"mesh={text!r} has {places} places for {count} devices; use data:{count} or data:-1"
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -46,9 +46,10 @@ def init_state(
 def token_losses(model: Transformer, params: Any, batch: dict[str, Array], **options):
     """Negative log-likelihood of every target in nats, f32 [B N], 0 in empty slots; and the sum of
     the mechanisms' own loss terms."""
-    logits, extras = model.apply(
+    out: Any = model.apply(
         {"params": params}, batch["tokens"], batch["pos"], batch["seg"], **options
     )
+    logits, extras = out
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
     balance = sum((aux["loss"] for aux in extras.aux if aux and "loss" in aux), jnp.zeros(()))
     return jnp.where(batch["seg"] >= 0, nll, 0.0), balance

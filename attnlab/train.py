@@ -1,9 +1,17 @@
-"""The training loop: restore; then evaluate and save with the old state, next batch, step."""
+"""The training loop: restore; take steps to the next rest; evaluate and save there; go on.
 
+A rest is where the state is evaluated or saved: the loss and gradient of every step before it have
+then been seen to be finite. Between rests the numbers are read one step late, so that the device
+never waits for the host.
+"""
+
+import errno
+import io
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +22,18 @@ from ml_collections import ConfigDict
 
 from attnlab import tasks
 from attnlab.checkpoint import Checkpoints
-from attnlab.config import model_of
-from attnlab.errors import UserError
-from attnlab.evaluate import describe_scores, score
+from attnlab.config import mechanisms_of, model_of
+from attnlab.decode import check_prompt, prompt_ids
+from attnlab.errors import DataError, UserError
+from attnlab.evaluate import Stopped, score_split
+from attnlab.files import replace_file
 from attnlab.metrics import Writer
 from attnlab.optimizer import make_optimizer, make_schedule
 from attnlab.progress import Progress
 from attnlab.sharding import batch_sharding, make_mesh, put, state_shardings
 from attnlab.signals import Signals
 from attnlab.step import State, init_state, make_step
-from attnlab.workdir import Workdir
+from attnlab.workdir import HARMLESS, Workdir
 
 log = logging.getLogger(__name__)
 
@@ -36,31 +46,60 @@ def train(config: ConfigDict, workdir: str | Path, command: Sequence[str] = ("at
     scores, samples, plots and reports it. Returns the exit code: 0, or 143 / 130 after a signal.
 
     Raises `UserError` for a workdir of another config or a diverged run, `DataError` for data or
-    checkpoints that cannot be used.
+    checkpoints that cannot be used or a disk that is full.
     """
-    process, processes = jax.process_index(), jax.process_count()
-    with Signals() as signals, Workdir(workdir, process=process) as run:
-        run.begin(config.to_dict(), command)
+    process = jax.process_index()
+    with Signals() as signals, Workdir(workdir, process=process) as run, storing(run.path):
+        # What saved nothing yet binds nobody: a wrong corpus or learning rate may be corrected.
+        bound = Checkpoints(run.checkpoints).found()
+        run.begin(config.to_dict(), command, harmless=HARMLESS if bound else ("*",))
         if done := run.finished():
             print(f"{run.path}: finished at step {done['step']}; nothing to do")
             return 0
         mesh = make_mesh(config.mesh)
-        task = tasks.build(config.task, seed=config.seed)
-        rows = tasks.process_rows(config.task.batch, process, processes)
+        task: Any = tasks.build(config.task, seed=config.seed)
+        check_prompt(prompt_ids(config.sample.prompt, task.tokenizer), config.task.length)
         task.tokenizer.save(run.path)
-        trainer = Trainer(config, task, mesh, run)
+        announce(config, mesh)
         if not signals.received:
+            trainer = Trainer(config, task, mesh, run)
             with trainer.checkpoints, trainer.writer, trainer.progress, jax.set_mesh(mesh):
-                trainer.loop(rows, signals)
-        if not signals.received and process == 0:
-            from attnlab.report import finish
-
-            finish(run, config, task, trainer.model, trainer.state)
+                trainer.loop(lambda: signals.received is not None)
+            # Only now is the last step known to be on the disk.
+            with suppress(Stopped):
+                trainer.finish(lambda: signals.received is not None)
         return signals.exit_code
 
 
+@contextmanager
+def storing(place: Path) -> Iterator[None]:
+    """A disk that is full or broken becomes a `DataError` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise DataError(
+            f"cannot write in {place}: {error.strerror}; free some space and run the same command"
+        ) from error
+
+
+def announce(config: ConfigDict, mesh: Any) -> None:
+    """Says on the log what is about to run, and where."""
+    devices = mesh.devices.flat
+    kind = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    log.info("devices: %s; mesh: %s; processes: %d", kind, sizes, jax.process_count())
+    layers = list(dict.fromkeys(map(repr, mechanisms_of(config))))
+    log.info("attention: %s; position: %s", " + ".join(layers), config.position.name)
+
+
 class Trainer:
-    """What the loop holds: model, state, checkpoints, metrics. Built restored."""
+    """What the loop holds: model, state, checkpoints, metrics. Built restored.
+
+    ``shift`` says by how many batches the data run ahead of the steps, and ``rewinds`` how often
+    the run was rewound past some; both are saved with the state.
+    """
 
     def __init__(self, config: ConfigDict, task: Any, mesh: Any, run: Workdir):
         self.config, self.task, self.run = config, task, run
@@ -69,7 +108,8 @@ class Trainer:
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.rows = batch_sharding(mesh, config.task.batch)
         start = partial(init_state, self.model, optimizer, config)
-        self.shardings = state_shardings(mesh, jax.eval_shape(start))
+        self.shapes = jax.eval_shape(start)
+        self.shardings = state_shardings(mesh, self.shapes)
         self.start = jax.jit(start, out_shardings=self.shardings)
         self.step = jax.jit(
             make_step(self.model, optimizer, config),
@@ -80,54 +120,86 @@ class Trainer:
             run.checkpoints, keep=config.train.keep, every=config.train.save_every
         )
         self.checkpoints.clean()
-        self.state, self.shift = self.restored()
+        self.stored: int | None = None  # the step that the newest checkpoint holds
+        self.skipped = self.rewinds = self.shift = 0
+        self.restore()
         sinks = ["tensorboard"] * config.train.tensorboard + ["wandb"] * bool(config.train.wandb)
         begun = int(self.state.step)
         self.writer = Writer(run.path, begun, sinks, config.to_dict(), jax.process_index())
         self.progress = Progress(config.train.steps, begun)
-        self.skipped = 0
+        self.profiling = False
 
-    def restored(self) -> tuple[State, int]:
-        """The newest sound state, or a fresh one; and by how many batches the data run ahead of
-        the steps, because a rewind passed over some."""
-        state = self.start()
+    def restore(self) -> None:
+        """Takes up the newest sound checkpoint, or a fresh state where nothing was saved."""
         if not self.checkpoints.found():
-            return state, 0
-        step, state, extra = self.checkpoints.restore(state)
-        log.info("resuming at step %d", step)
-        return state, extra["shift"]
+            self.state: State = self.start()
+            return
+        like = jax.tree.map(
+            lambda z, place: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=place),
+            self.shapes,
+            self.shardings,
+        )
+        self.stored, self.state, extra = self.checkpoints.restore(like)
+        self.shift, self.rewinds = extra["shift"], extra["rewinds"]
+        log.info("resuming at step %d", self.stored)
 
-    def loop(self, rows: slice, signals: Signals) -> None:
-        """Until the last step or a signal; the state is saved either way."""
-        config, total = self.config.train, self.config.train.steps
-        step = begun = int(self.state.step)
-        batches = self.task.batches(step + self.shift, rows)
-        pending, clock = None, time.monotonic()
+    def save(self) -> None:
+        """Saves the state unless it is what the newest checkpoint holds."""
+        step = int(self.state.step)
+        if step != self.stored:
+            extra = {"shift": self.shift, "rewinds": self.rewinds}
+            self.checkpoints.save(step, self.state, extra)
+            self.stored = step
+
+    def loop(self, stop: Callable[[], bool]) -> None:
+        """Until the last step, or ``stop()``; the state is saved either way."""
+        clock, step, batches = time.monotonic(), int(self.state.step), None
         try:
-            while step < total and not signals.received:
-                if step > begun and config.eval_every and step % config.eval_every == 0:
-                    self.evaluate(step)
-                if step > begun and self.checkpoints.due(step):
-                    self.save(step)
-                self.profile(step)
-                batch = put(next(batches), self.rows)
-                self.state, metrics = self.step(self.state, batch)
-                step += 1
-                # One step late, so that the device never waits for the host to read a number.
-                rewound = pending is not None and self.record(*pending)
-                pending = (step, metrics)
-                if rewound:
+            while step < self.config.train.steps and not stop():
+                batches = batches or self.batches(step)
+                if self.advance(step, batches, stop):
                     batches.close()
-                    pending, step = None, int(self.state.step)
-                    batches = self.task.batches(step + self.shift, rows)
-            if pending is not None and self.record(*pending):
-                return self.loop(rows, signals)
+                    batches = None  # they went on from another step
+                    step = int(self.state.step)
+                    continue
+                step = int(self.state.step)
+                if self.evaluates(step):
+                    self.evaluate(step, stop)
+                if self.checkpoints.due(step):
+                    self.save()
         finally:
-            batches.close()
-            jax.profiler.stop_trace() if self._profiling else None
-        if step > begun:
-            self.save(step)
+            if batches is not None:
+                batches.close()
+            self.profile(None)
+        self.save()
         self.writer.write(step, **{"train/seconds": time.monotonic() - clock})
+
+    def batches(self, step: int) -> Any:
+        """This process's rows of the batches from a step on."""
+        process, processes = jax.process_index(), jax.process_count()
+        rows = tasks.process_rows(self.config.task.batch, process, processes)
+        return self.task.batches(step + self.shift, rows)
+
+    def advance(self, step: int, batches: Any, stop: Callable[[], bool]) -> bool:
+        """Takes steps to the next rest. True if the run was rewound to an earlier state."""
+        late = None
+        while True:
+            self.profile(step)
+            self.state, metrics = self.step(self.state, put(next(batches), self.rows))
+            step += 1
+            if late is not None and self.record(*late):
+                return True
+            late = step, metrics
+            if step >= self.config.train.steps or stop():
+                break
+            if self.evaluates(step) or self.checkpoints.due(step):
+                break
+        return self.record(*late)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the validation split is scored at a step; the last one is left to `finish`."""
+        every = self.config.train.eval_every
+        return every > 0 and step % every == 0 and step < self.config.train.steps
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> bool:
         """Shows and writes the metrics of a step. True if the run was rewound because of them."""
@@ -145,67 +217,100 @@ class Trainer:
                     "train/loss": loss,
                     "train/bits_per_byte": bits,
                     "train/grad_norm": metrics["grad_norm"],
-                    "train/learning_rate": float(self.schedule(step - 1)),
+                    "train/learning_rate": float(np.asarray(self.schedule(step - 1))),
                     "train/tokens_per_second": self.progress.tokens_per_second,
                 },
             )
         return False
 
     def mend(self, step: int, loss: float, norm: float) -> bool:
-        """A loss or gradient was not finite: the update was not applied; act by ``on_nan``."""
+        """A loss or gradient was not finite and its update was not applied: acts by ``on_nan``.
+
+        ``skip`` goes on; ``rewind`` goes back to the newest checkpoint and on with the batches
+        after the bad one. A restart repeats both, so it does not change where a run ends. True if
+        the run was rewound; raises `UserError` where the policy is to give up.
+        """
         policy, bad = self.config.train.on_nan, step - 1 + self.shift
-        file = self.run.path / "bad_batches" / f"batch-{bad}.npz"
-        file.parent.mkdir(exist_ok=True)
-        np.savez(file, step=step, loss=loss, grad_norm=norm, **self.task.batch(bad))
+        file = self.keep_batch(bad)
         what = f"step {step}: loss {loss}, gradient norm {norm}; batch kept in {file}"
-        self.writer.write(step, **{"train/bad_loss": loss, "train/bad_grad_norm": norm})
-        if policy == "skip" and self.skipped < SKIPS:
-            self.skipped += 1
+        numbers = {"train/bad_loss": loss, "train/bad_grad_norm": norm}
+        self.skipped += 1
+        if policy == "skip" and self.skipped <= SKIPS:
+            self.writer.write(step, **numbers)
             self.progress.note(f"{what}; skipped")
             return False
-        if policy == "rewind" and self.shift < step and self.skipped < REWINDS:
-            self.skipped += 1
-            self.checkpoints.wait()
-            self.state, _ = self.restored()
-            self.shift = bad + 1 - int(self.state.step)
-            self.progress.note(f"{what}; back to step {int(self.state.step)}, past that batch")
+        if policy == "rewind" and self.rewinds < REWINDS:
+            rewinds = self.rewinds + 1
+            self.shift = 0
+            self.restore()
+            back = int(self.state.step)
+            self.shift, self.rewinds = bad + 1 - back, rewinds
+            self.writer.rewind(back)
+            self.writer.write(back, **numbers)
+            self.progress.note(f"{what}; back to step {back}, past that batch")
             return True
+        self.writer.write(step, **numbers)
+        tried = {
+            "abort": "",
+            "skip": f" after {SKIPS} skipped",
+            "rewind": f" after {REWINDS} rewinds",
+        }
         raise UserError(
-            f"{what}; the last good state is kept; lower optimizer.learning_rate or choose "
-            "train.on_nan=skip or rewind"
+            f"{what}; stopped{tried[policy]}, checkpoints are sound; go on with train.on_nan=skip "
+            "or rewind, or start a new workdir with a lower optimizer.learning_rate"
         )
 
-    def evaluate(self, step: int) -> None:
-        """Scores the validation split with the state as it is."""
-        settings = self.config.evaluate
-        length = settings.length or self.config.task.length
-        stride = min(settings.stride or length, length)
-        scores = score(
-            self.model,
-            self.state.evaluated,
-            self.task,
-            "validation",
-            length=length,
-            stride=stride,
-            batch=settings.batch,
-            tokens=settings.tokens,
-        )
-        result = describe_scores(scores, self.task, self.config, "validation", stride, step)
-        bits = result["bits_per_byte"]
-        self.writer.write(step, **{"validation/bits_per_byte": bits})
-        self.progress.note(f"step {step}: validation {bits:.4f} bits per byte")
+    def keep_batch(self, number: int) -> Path:
+        """Writes a batch of the whole run where it can be looked at: ``np.load`` reads it."""
+        file = self.run.path / "bad_batches" / f"batch-{number}.npz"
+        if jax.process_index() == 0:
+            content = io.BytesIO()
+            np.savez(content, **self.task.batch(number))
+            file.parent.mkdir(exist_ok=True)
+            replace_file(file, content.getvalue())
+        return file
 
-    def save(self, step: int) -> None:
-        self.checkpoints.save(step, self.state, {"shift": self.shift})
+    def evaluate(self, step: int, stop: Callable[[], bool]) -> None:
+        """Scores the validation split with the state as it is, or as far as ``stop()`` lets it."""
+        with suppress(Stopped):
+            result = score_split(
+                self.model,
+                self.state.evaluated,
+                self.task,
+                self.config,
+                "validation",
+                step,
+                tokens=self.config.evaluate.tokens,
+                sharding=self.rows,
+                stop=stop,
+            )
+            bits = result["bits_per_byte"]
+            self.writer.write(step, **{"validation/bits_per_byte": bits})
+            self.progress.note(f"step {step}: validation {bits:.4f} bits per byte")
 
-    _profiling = False
+    def finish(self, stop: Callable[[], bool]) -> None:
+        """The scores, sample, plots and report of the last step. Raises `Stopped`."""
+        from attnlab.report import finish
 
-    def profile(self, step: int) -> None:
-        """Writes a trace of the steps in the window that the config names, for xprof to show."""
+        if stop():
+            raise Stopped
+        params, options = self.state.evaluated, {"stop": stop, "sharding": self.rows}
+        if jax.process_count() > 1:  # the others have left the loop: process 0 goes on alone
+            from jax.experimental import multihost_utils
+
+            params = multihost_utils.process_allgather(params, tiled=True)
+            options["sharding"] = None
+        if jax.process_index() == 0:
+            step = int(self.state.step)
+            finish(self.run, self.config, self.task, self.model, params, step, **options)
+
+    def profile(self, step: int | None) -> None:
+        """Writes a trace of the steps in the window that the config names, for xprof to show; None
+        ends it early."""
         start, count = self.config.train.profile_start, self.config.train.profile_steps
         if count and step == start:
             jax.profiler.start_trace(str(self.run.path / "profile"))
-            self._profiling = True
-        elif self._profiling and step == start + count:
+            self.profiling = True
+        elif self.profiling and (step is None or step >= start + count):
             jax.profiler.stop_trace()
-            self._profiling = False
+            self.profiling = False

@@ -25,7 +25,18 @@ from attnlab.provenance import describe_attempt
 
 log = logging.getLogger(__name__)
 
-HARMLESS = ("log.*", "*.log_every", "*.save_every", "*.keep")  # may differ between starts
+HARMLESS = (  # may differ between starts: they change the words, not the numbers
+    "train.*_every",
+    "train.keep",
+    "train.on_nan",
+    "train.tensorboard",
+    "train.wandb",
+    "train.profile_*",
+    "optimizer.accumulate",
+    "model.remat",
+    "sample.*",
+    "mesh",
+)
 GROWING = ("train.steps",)  # may become larger
 SHOWN = 8  # differing fields named in an error line
 

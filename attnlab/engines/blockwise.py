@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
-from attnlab.engines import dense
+from attnlab.engines import dense, report_use
 
 LOGITS_IN_FLIGHT = 2**20
 """Most logits alive at once (B H tile² f32: 4 MiB), about what the cache of a CPU core holds."""
@@ -38,6 +38,7 @@ def attend(
     if rule.observed:
         out, lse, _ = dense.attend(queries, keys, rule)
         return out, lse
+    report_use("blockwise", "XLA")
     queries, keys = queries.cleared(), keys.cleared()
     B, N, H, _ = queries.q.shape
     M = keys.k.shape[1]

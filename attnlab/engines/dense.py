@@ -1,9 +1,11 @@
 """Softmax attention with the whole [N, M] array in memory: the oracle, and the form that taps on
 logits and probabilities need."""
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
+from attnlab.engines import report_use
 
 
 def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Array]:
@@ -12,9 +14,12 @@ def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Arra
     Returns ``out`` [B N H E] in the dtype of the queries, ``lse`` [B H N] f32 (`MASK` for an empty
     row) and ``probs`` [B H N M] f32. Cost: O(N M) time and memory.
     """
+    report_use("dense", "XLA")
     seen = rule.allowed(queries, keys)[:, None]
     z = rule.logits(queries, keys)
-    top = jnp.max(z, -1, keepdims=True)
+    # Any shift gives the same result, so it has no gradient; that of a maximum is NaN when the
+    # compiler rounds the logits differently where it looks for the maximum again.
+    top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
     weight = jnp.where(seen, jnp.exp(z - top), 0.0)
     total = jnp.sum(weight, -1, keepdims=True)
     probs = rule.tap("probs", weight / jnp.where(total > 0, total, 1.0))
