@@ -19,7 +19,7 @@ def record(workdir: Path, hardware: str, seconds: float) -> dict:
 
     test, start = read("test.json"), read("run.json")["attempts"][-1]
     return {
-        "command": shlex.join(start["command"]),
+        "command": retyped(start["command"], workdir.name),
         "hardware": hardware,
         "versions": start["versions"],
         "commit": (start["git"] or {}).get("commit"),
@@ -29,6 +29,13 @@ def record(workdir: Path, hardware: str, seconds: float) -> dict:
         "documents": test["documents"],
         "baselines": read("baselines.json"),
     }
+
+
+def retyped(command: list[str], name: str) -> str:
+    """The command as a reader would type it: in a clone, with the run under ``runs``."""
+    words = [word for word in command if word != "--debug"]
+    moved = (f"--workdir=runs/{name}" if w.startswith("--workdir=") else w for w in words)
+    return shlex.join(moved)
 
 
 def main() -> None:
