@@ -47,7 +47,9 @@ def run(config, workdir):
 
 def test_a_run_leaves_everything_that_a_reader_wants():
     path = trained()
-    assert sorted([*FILES, "checkpoints"]) == sorted(p.name for p in path.iterdir() if p.name != "evaluations")
+    assert sorted([*FILES, "checkpoints"]) == sorted(
+        p.name for p in path.iterdir() if p.name != "evaluations"
+    )
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["12", "4", "8"]
     rows = read_metrics(path / "metrics.jsonl")
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 13))
