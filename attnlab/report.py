@@ -96,7 +96,8 @@ def write_report(
         f"<h1>{html.escape(run.path.name)}: {html.escape(config.attention.name)}, "
         f"{html.escape(config.position.name)}</h1>",
         f"<p><b>{own} bits per byte</b>{interval} on "
-        f"{_count(test['documents'], 'held-out document')} of {html.escape(str(test['corpus']))} ({test['bytes']:,} bytes), after "
+        f"{_count(test['documents'], 'held-out document')} of "
+        f"{html.escape(str(test['corpus']))} ({test['bytes']:,} bytes), after "
         f"{_count(test['step'], 'step')} of {config.task.batch} × {config.task.length} tokens: "
         f"{tokens:,} in all.</p>",
         _table(
