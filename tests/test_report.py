@@ -90,6 +90,7 @@ def test_a_context_curve_of_one_point_is_drawn(tmp_path):
 
 def test_runs_are_compared_best_first(tmp_path, capsys):
     a, b = trained("softmax"), trained("window")
+    capsys.readouterr()
     best, worst = sorted((a, b), key=lambda p: read_json(p / "test.json")["bits_per_byte"])
     for out in ("curves.png", "table.md"):
         line = ["report", str(worst), str(best), f"--out={tmp_path / out}"]
