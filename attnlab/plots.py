@@ -61,6 +61,7 @@ def plot_training(
         middle = sorted(shown)[len(shown) // 2]
         top = min(max(shown), max(1.6 * middle, *(baselines or {"": 0}).values()))
         axes.set_ylim(min(shown) - 0.05 * top, 1.03 * top)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="step", ylabel="bits per byte")
     if axes.lines[len(baselines or {}) :]:
         axes.legend(frameon=False, loc="upper right")
@@ -79,6 +80,7 @@ def plot_contexts(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         y = [r["bits_per_token"] for r in rows]
         axes.plot(x, y, marker="o", color=COLOURS[i % len(COLOURS)], label=name)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="tokens in sight", ylabel="bits per token")
     axes.legend(frameon=False)
     _save(figure, path)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from attnlab.config import base, diff
 from attnlab.decode import sample_text
-from attnlab.errors import UserError
+from attnlab.errors import DataError, UserError
 from attnlab.evaluate import format_scores, score_split
 from attnlab.files import read_json, replace_file, write_json
 from attnlab.metrics import read_metrics
@@ -25,7 +25,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; margin: .5rem 0 } td, th { padding: .2rem .9rem .2rem 0;
        text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } tr.best td { font-weight: 600 }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } tr.own td { font-weight: 600 }
 pre { background: #f6f6f4; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
 img { max-width: 100% } .note { color: #666 }
 """
@@ -54,7 +54,8 @@ def finish(
     replace_file(run.path / "sample.txt", sample)
     baselines = task.baselines("test")
     write_json(run.path / "baselines.json", baselines)
-    rows = read_metrics(run.metrics)
+    last = {"step": step, "validation/bits_per_byte": results["validation"]["bits_per_byte"]}
+    rows = [*read_metrics(run.metrics), last]
     alone = {name: bits["alone"] for name, bits in baselines.items()}
     plot_training({run.path.name: rows}, run.path / "loss.png", alone)
     plot_contexts({"test": results["test"]["loss_by_context"]}, run.path / "context.png")
@@ -89,12 +90,16 @@ def write_report(
     changed = diff(defaults, config) or ["nothing"]
     low_high = test["bits_per_byte_95"]
     interval = f" (95 % over documents: {low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
+    tokens = test["step"] * config.task.batch * config.task.length
+    own = f"{test['bits_per_byte']:.4f}"
     body = [
         f"<h1>{html.escape(run.path.name)}: {html.escape(config.attention.name)}, "
         f"{html.escape(config.position.name)}</h1>",
-        f"<p><b>{test['bits_per_byte']:.4f} bits per byte</b> on {test['documents']} held-out "
-        f"documents of {html.escape(str(test['corpus']))} ({test['bytes']:,} bytes){interval}, "
-        f"after {test['step']:,} steps of {config.task.batch} x {config.task.length} tokens.</p>",
+        f"<p><b>{own} bits per byte</b>{interval} on "
+        f"{_count(test['documents'], 'held-out document')} of "
+        f"{html.escape(str(test['corpus']))} ({test['bytes']:,} bytes), after "
+        f"{_count(test['step'], 'step')} of {config.task.batch} × {config.task.length} tokens: "
+        f"{tokens:,} in all.</p>",
         _table(
             ["", "held-out bytes alone", "appended to the training text"],
             [
@@ -102,8 +107,9 @@ def write_report(
                     [n, f"{b['alone']:.4f}", f"{b['after_train']:.4f}"]
                     for n, b in baselines.items()
                 ),
-                ["this model", f"{test['bits_per_byte']:.4f}", f"{test['bits_per_byte']:.4f}"],
+                ["this model", own, own],
             ],
+            own=len(baselines),
         ),
         '<p class="note">Bits per byte; lower is better. The model has read the training text, so '
         "the fair reading of a compressor is the second.</p>",
@@ -131,7 +137,7 @@ def write_report(
         "<h2>How it was made</h2>",
         f"<pre>{html.escape(shlex.join(attempts[-1]['command']))}</pre>",
         f"<p>Changed from the defaults: <code>{html.escape('; '.join(changed))}</code></p>",
-        _table(["data", ""], [[k, _plain(v)] for k, v in data.items()]),
+        _table(["data", ""], [[k, _plain(v)] for k, v in data.items() if v]),
         _table(
             ["environment", ""],
             [[k, _plain(v)] for k, v in attempts[-1].items() if k not in ("command", "overrides")],
@@ -148,47 +154,113 @@ def write_report(
     replace_file(run.path / "report.html", page.encode())
 
 
+COLUMNS = ("run", "attention", "position", "bits per byte", "95 %", "steps", "corpus", "window")
+SAME = ("corpus", "tokenizer", "length", "stride", "bytes")
+"""Fields of test.json that make two scores comparable."""
+
+
 def report(workdirs: Sequence[str], out: str | None = None) -> None:
-    """Prints a table of finished runs, best first, and writes their curves to ``out`` (a .png)."""
-    rows, curves = [], {}
-    for path in workdirs:
-        run = Workdir.existing(path)
-        config, done = run.config(), run.finished()
-        if done is None:
-            raise UserError(f"{path}: the run is not finished; train it to its end first")
-        name = f"{run.path.name} ({config['attention']['name']}, {config['position']['name']})"
-        rows.append((done["test_bits_per_byte"], name, done["step"]))
-        curves[name] = read_metrics(run.metrics)
-    width = max(len(name) for _, name, _ in rows)
-    print(f"{'run':<{width}}  bits per byte    steps")
-    for bits, name, step in sorted(rows):
-        print(f"{name:<{width}}  {bits:>13.4f}  {step:>7}")
+    """Prints a table of finished runs, best first; writes it, or their curves, to ``out`` (.md or
+    .png). Runs that were not scored on the same bytes in the same way are said to differ.
+
+    Raises `UserError` for a workdir without a finished run or another ``out``, `DataError` for
+    results that cannot be read or written.
+    """
+    if out and Path(out).suffix not in (".md", ".png"):
+        raise UserError(f"--out={out}: must end in .png (the curves) or .md (the table)")
+    found = sorted((_result(path) for path in workdirs), key=lambda r: r[1]["bits_per_byte"])
+    rows = [list(COLUMNS)]
+    for run, test, config in found:
+        low_high = test["bits_per_byte_95"]
+        rows.append(
+            [
+                run.path.name,
+                config["attention"]["name"],
+                config["position"]["name"],
+                f"{test['bits_per_byte']:.4f}",
+                f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "–",
+                str(test["step"]),
+                str(test["corpus"]),
+                str(test["length"]),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    differ = [name for name in SAME if len({str(test[name]) for _, test, _ in found}) > 1]
+    if differ:
+        print(f"not comparable: the runs differ in {', '.join(differ)} of the scored text")
     if out:
-        plot_training(curves, Path(out))
+        _write_comparison(Path(out), rows, [run for run, _, _ in found])
         print(f"written: {out}")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _result(path: str) -> tuple[Workdir, dict[str, Any], dict[str, Any]]:
+    """A finished run with what is in its test.json and config.json."""
+    run = Workdir.existing(path)
+    if run.finished() is None:
+        raise UserError(f"{path}: the run is not finished; train it to its end first")
+    try:
+        test = read_json(run.path / "test.json")
+        if not {*SAME, "bits_per_byte", "bits_per_byte_95", "step"} <= test.keys():
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
+        fix = f"write it with attnlab train --workdir={path} after deleting {path}/run.json"
+        raise DataError(f"no readable result in {run.path / 'test.json'}; {fix}") from None
+    return run, test, run.config()
+
+
+def _write_comparison(out: Path, rows: Sequence[Sequence[str]], runs: Sequence[Workdir]) -> None:
+    try:
+        if out.suffix == ".png":
+            # The whole path where names repeat: no run hides another.
+            names = [run.path.name for run in runs]
+            unique = len(set(names)) == len(names)
+            plot_training(
+                {
+                    run.path.name if unique else str(run.path): read_metrics(run.metrics)
+                    for run in runs
+                },
+                out,
+            )
+        else:
+            cells = [[cell.replace("|", "&#124;") for cell in row] for row in rows]
+            cells.insert(1, ["---"] * len(rows[0]))
+            text = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+            replace_file(out, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write --out={out}: {error.strerror}") from None
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], own: int = -1) -> str:
+    """HTML of a table in which row ``own`` stands out; columns of numbers are set to the right."""
     numeric = [i > 0 and all(_is_number(row[i]) for row in rows) for i in range(len(head))]
 
-    def line(tag: str, cells: Sequence[str]) -> str:
+    def line(tag: str, cells: Sequence[str], mark: str = "") -> str:
         marked = (
             f"<{tag}{' class=n' if numeric[i] else ''}>{html.escape(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         )
-        return f"<tr>{''.join(marked)}</tr>"
+        return f"<tr{mark}>{''.join(marked)}</tr>"
 
-    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"
+    lines = (line("td", row, " class=own" * (i == own)) for i, row in enumerate(rows))
+    return f"<table>{line('th', head)}{''.join(lines)}</table>"
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").isdigit()
+    return text == "–" or text.replace(",", "").replace(".", "").replace("e+", "").isdigit()
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def _number(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4f}" if value < 1e6 else f"{value:.3e}"
 
 
 def _plain(value: Any) -> str:

@@ -131,6 +131,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Takes up the newest sound checkpoint, or a fresh state where nothing was saved."""
+        self.checkpoints.wait()  # a save in progress is not found yet
         if not self.checkpoints.found():
             self.state: State = self.start()
             return

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from attnlab.errors import DataError, UserError
 from attnlab.main import main
 from attnlab.metrics import read_metrics
 from attnlab.tasks.text import TextTask
-from attnlab.train import REWINDS, SKIPS, Trainer, train
+from attnlab.train import Trainer, train
 from attnlab.workdir import Workdir
 
 FILES = [
@@ -47,7 +48,9 @@ def run(config, workdir):
 
 def test_a_run_leaves_everything_that_a_reader_wants():
     path = trained()
-    assert sorted([*FILES, "checkpoints"]) == sorted(p.name for p in path.iterdir() if p.name != "evaluations")
+    assert sorted([*FILES, "checkpoints"]) == sorted(
+        p.name for p in path.iterdir() if p.name != "evaluations"
+    )
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["12", "4", "8"]
     rows = read_metrics(path / "metrics.jsonl")
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 13))
@@ -130,8 +133,7 @@ def signal_during(monkeypatch, place, name, number=signal.SIGTERM, when=1):
         (tasks, "build", 1, signal.SIGTERM, 143),  # preparing data
         (TextTask, "documents", 1, signal.SIGTERM, 143),  # evaluating
         ("attnlab.train", "make_step", 1, signal.SIGTERM, 143),  # before the first step compiles
-        (Trainer, "record", 3, signal.SIGTERM, 143),  # between steps
-        (Trainer, "record", 5, signal.SIGINT, 130),
+        (Trainer, "record", 5, signal.SIGINT, 130),  # between steps
         ("attnlab.report", "score_split", 2, signal.SIGTERM, 143),  # reporting
     ],
 )
@@ -352,10 +354,57 @@ def test_nan_rewinds_past_the_batch_and_an_interruption_changes_nothing(tmp_path
 
 @pytest.mark.parametrize(
     ("policy", "message"),
-    [("skip", f"after {SKIPS} skipped"), ("rewind", f"after {REWINDS} rewinds")],
+    [("skip", "after 3 skipped"), ("rewind", "after 2 rewinds")],
 )
 def test_a_run_that_cannot_be_mended_gives_up(tmp_path, monkeypatch, policy, message):
-    config = tiny(f"train.on_nan={policy}", "train.steps=60", *QUICK)
+    monkeypatch.setattr("attnlab.train.SKIPS", 3)
+    monkeypatch.setattr("attnlab.train.REWINDS", 2)
+    config = tiny(f"train.on_nan={policy}", *QUICK)
     Poisoned(monkeypatch, config, range(2, 60))
     with pytest.raises(UserError, match=message):
         run(config, tmp_path)
+
+
+CORPUS = f"text:{Path(__file__).parent}/tiny.py"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--config.train.stesp=5"], 2, "did you mean 'train.steps'"),
+        (["--config=configs/lm.py:attention=windwo"], 2, "did you mean 'window'"),
+        (["--config=configs/ml.py"], 2, "did you mean 'configs/lm.py'"),
+        (["--config.model.heads=5"], 2, "use heads of 4 or 8"),
+        (["--config.model.kv_heads=3"], 2, "does not divide model.heads=4; use 2 or 4"),
+        (["--config.task.corpus=kjw"], 2, "did you mean 'kjv'"),
+        (["--config.task.corpus=text:/nowhere/*.txt"], 3, "no file matches '/nowhere/*.txt'"),
+        (["--config.task.corpus=text:/dev/null"], 3, "no file matches '/dev/null'"),
+        (["--config.task.length=100000"], 3, "fewer than one sequence of 100,000"),
+        (["--config.task.batch=3"], 2, "does not divide among 8 devices"),
+        (["--config.mesh=data:3"], 2, "use data:8 or data:-1"),
+        (["--config.task.length=8", "--config.sample.prompt=too long a one"], 2, "16 tokens"),
+        (["--config.train.on_nan=ignore"], 2, "known: abort, rewind, skip"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(tmp_path, capsys, monkeypatch, flags, code, message):
+    home()
+    monkeypatch.chdir(Path(__file__).parents[1])
+    base = [f"--config=configs/lm.py:corpus={CORPUS}", "--config.task.length=32"]
+    if flags[0].startswith("--config="):
+        base = []
+    assert main(["train", f"--workdir={tmp_path / 'run'}", *base, *flags]) == code
+    error = capsys.readouterr().err.splitlines()
+    said = [
+        line for line in error if not re.match("attnlab: (prepar|split|devices|attention)", line)
+    ]
+    assert len(said) == 1, error
+    assert message in said[0]
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_an_empty_corpus_is_one_line(tmp_path, capsys):
+    home()
+    (tmp_path / "empty.txt").touch()
+    config = f"--config=configs/lm.py:corpus=text:{tmp_path}/*.txt"
+    assert main(["train", f"--workdir={tmp_path / 'run'}", config]) == 3
+    assert "Traceback" not in capsys.readouterr().err

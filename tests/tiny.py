@@ -19,23 +19,7 @@ from attnlab.overrides import override
 from attnlab.step import init_state
 from attnlab.train import train
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "and",
-    "sleeps",
-    "under",
-    "an",
-    "old",
-    "tree",
-]
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps")
 SIZES = (
     "model.width=16",
     "model.layers=1",
