@@ -1,4 +1,4 @@
-"""Our attention beside PyTorch's, outputs and gradients: `pip install -e '.[peers]'`, `-m peers`."""
+"""PyTorch's attention, outputs and gradients: `pip install -e '.[peers]' && pytest -m peers`."""
 
 import jax
 import jax.numpy as jnp
