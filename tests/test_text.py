@@ -272,6 +272,7 @@ def test_a_config_builds_a_task_with_honest_numbers(files, tokenizer):
 
 def test_ml_collections_configs_are_accepted(files):
     import ml_collections
+
     task = tasks.build(ml_collections.ConfigDict(files), seed=0, length=8, batch=2)
     assert task.batch(0)["tokens"].shape == (2, 8)
 
