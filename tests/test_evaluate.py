@@ -137,10 +137,10 @@ def test_bits_and_perplexities_are_one_number_in_three_units(network):
     assert lows == [0, 1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("limit", [1, 17, 18, 19, 20, 60, 10_000])
+@pytest.mark.parametrize("limit", [1, 18, 19, 60, 10_000])
 def test_a_limit_scores_exactly_the_first_tokens(network, limit):
-    whole = score(*network, Documents(TEXTS), "test", length=200, stride=200)
-    part = score(*network, Documents(TEXTS), "test", length=200, stride=200, tokens=limit)
+    whole = score(*network, Documents(TEXTS), "test", length=16, stride=16)
+    part = score(*network, Documents(TEXTS), "test", length=16, stride=16, tokens=limit)
     assert part.tokens == min(limit, whole.tokens)
     assert part.bytes <= part.tokens
     if limit >= 60:
