@@ -224,7 +224,9 @@ def test_the_command_agrees_with_what_training_wrote(capsys):
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(capsys, flags, message):
-    assert main(["evaluate", f"--workdir={trained()}", *flags]) == 2
+    path = trained()
+    capsys.readouterr()
+    assert main(["evaluate", f"--workdir={path}", *flags]) == 2
     output = capsys.readouterr()
     assert message in output.err.splitlines()[-1]
     assert "Traceback" not in output.err
