@@ -96,9 +96,9 @@ class Scores:
         }
 
     def _interval(self) -> list[float] | None:
-        if len(self.documents) < 2:
+        pairs = np.array([(nats, size) for _, nats, size in self.documents if size])
+        if len(pairs) < 2:
             return None
-        pairs = np.array([(nats, size) for _, nats, size in self.documents])
         draws = np.random.default_rng(0).integers(len(pairs), size=(BOOTSTRAP, len(pairs)))
         nats, size = pairs[draws].sum(1).T
         return [float(q) for q in np.quantile(nats / size / math.log(2), (0.025, 0.975))]

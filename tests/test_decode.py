@@ -160,16 +160,19 @@ def test_a_letter_of_two_bytes_is_written_when_it_is_whole(monkeypatch):
             written.append(text)
             return len(text)
 
+    path = trained()
     monkeypatch.setattr("sys.stdout", Stream())
     say(monkeypatch, [*"é".encode(), 0xFF, ord("a"), 0xC3])
-    generate(trained(), prompt="ü", tokens=9)
+    generate(path, prompt="ü", tokens=9)
     assert "".join(written) == "üé\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}\n"
     assert written[:3] == ["ü", "", "é"]
 
 
 def test_the_end_mark_ends_the_text_early(monkeypatch, capsys):
+    path = trained()
+    capsys.readouterr()
     say(monkeypatch, [ord("a"), 256, ord("b")])
-    generate(trained(), prompt="x", tokens=9)
+    generate(path, prompt="x", tokens=9)
     assert capsys.readouterr().out == "xa\n"
     settings = tiny("sample.prompt=x").sample
     assert sample_text(None, None, ByteTokenizer(), settings) == b"xa"
@@ -187,6 +190,7 @@ def test_bytes_of_a_prompt_that_are_no_text_reach_the_model_as_they_are(monkeypa
 @pytest.mark.parametrize("attention", ["softmax", "window"])
 def test_the_command_continues_a_prompt_reproducibly(capsys, attention):
     path = trained(attention)
+    capsys.readouterr()
     line = ["generate", f"--workdir={path}", "--prompt=the ", "--tokens=40", "--top_k=999"]
     outputs = []
     for _ in range(2):
@@ -194,7 +198,8 @@ def test_the_command_continues_a_prompt_reproducibly(capsys, attention):
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert outputs[0].startswith("the ")
-    assert main([*line, "--tokens=0"]) == 0
+    line[3] = "--tokens=0"
+    assert main(line) == 0
     assert capsys.readouterr().out == "the \n"
 
 
@@ -209,7 +214,9 @@ def test_the_command_continues_a_prompt_reproducibly(capsys, attention):
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(capsys, flags, message):
-    assert main(["generate", f"--workdir={trained()}", *flags]) == 2
+    path = trained()
+    capsys.readouterr()
+    assert main(["generate", f"--workdir={path}", *flags]) == 2
     output = capsys.readouterr()
     assert message in output.err.splitlines()[-1]
     assert "Traceback" not in output.err

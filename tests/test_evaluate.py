@@ -137,10 +137,10 @@ def test_bits_and_perplexities_are_one_number_in_three_units(network):
     assert lows == [0, 1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("limit", [1, 17, 18, 19, 20, 60, 10_000])
+@pytest.mark.parametrize("limit", [1, 18, 19, 60, 10_000])
 def test_a_limit_scores_exactly_the_first_tokens(network, limit):
-    whole = score(*network, Documents(TEXTS), "test", length=200, stride=200)
-    part = score(*network, Documents(TEXTS), "test", length=200, stride=200, tokens=limit)
+    whole = score(*network, Documents(TEXTS), "test", length=16, stride=16)
+    part = score(*network, Documents(TEXTS), "test", length=16, stride=16, tokens=limit)
     assert part.tokens == min(limit, whole.tokens)
     assert part.bytes <= part.tokens
     if limit >= 60:
@@ -224,7 +224,9 @@ def test_the_command_agrees_with_what_training_wrote(capsys):
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(capsys, flags, message):
-    assert main(["evaluate", f"--workdir={trained()}", *flags]) == 2
+    path = trained()
+    capsys.readouterr()
+    assert main(["evaluate", f"--workdir={path}", *flags]) == 2
     output = capsys.readouterr()
     assert message in output.err.splitlines()[-1]
     assert "Traceback" not in output.err

@@ -90,10 +90,10 @@ def test_more_steps_reopen_a_finished_run(begun, caplog):
 
 def test_a_harmless_change_is_logged_and_keeps_a_finished_run_finished(begun, caplog):
     begun.finish(100)
-    begun.begin(change(log__every=5), COMMAND)
+    begun.begin(change(train__keep=5), COMMAND)
     assert begun.finished()["step"] == 100
-    assert begun.config()["log"] == {"every": 5}
-    assert "log.every: absent -> 5" in caplog.text
+    assert begun.config()["train"]["keep"] == 5
+    assert "train.keep: absent -> 5" in caplog.text
 
 
 def test_a_finished_run_says_so(begun):
