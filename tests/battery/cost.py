@@ -31,11 +31,12 @@ def check_declared_growth(case: Case) -> None:
 
 def check_measured_memory(case: Case, lengths: tuple[int, ...] = (4096, 8192, 16384)) -> None:
     """Peak memory of a forward and backward pass grows no faster than ``cost.memory`` declares,
-    read off the two longest of N, 2N, 4N once the process itself is subtracted."""
+    read off the two longest of N, 2N, 4N once the process itself is subtracted; half a power is
+    what allocators and compilers may blur."""
     base, *peaks = (peak_memory(case, n) for n in (64, *lengths))
     used = np.asarray(peaks) - base
     exponent = math.log2(used[-1] / used[-2])
-    assert exponent < case.mechanism.cost.memory + 0.3, f"{used / 2**20} MiB at {lengths}"
+    assert exponent < case.mechanism.cost.memory + 0.5, f"{used / 2**20} MiB at {lengths}"
 
 
 CHILD = """
