@@ -61,7 +61,7 @@ def plot_training(
         middle = sorted(shown)[len(shown) // 2]
         top = min(max(shown), max(1.6 * middle, *(baselines or {"": 0}).values()))
         axes.set_ylim(min(shown) - 0.05 * top, 1.03 * top)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="step", ylabel="bits per byte")
     if axes.lines[len(baselines or {}) :]:
         axes.legend(frameon=False, loc="upper right")

@@ -169,7 +169,7 @@ def report(workdirs: Sequence[str], out: str | None = None) -> None:
     if out and Path(out).suffix not in (".md", ".png"):
         raise UserError(f"--out={out}: must end in .png (the curves) or .md (the table)")
     found = sorted((_result(path) for path in workdirs), key=lambda r: r[1]["bits_per_byte"])
-    rows = [list(COLUMNS)]
+    rows: list[list[str]] = [list(COLUMNS)]
     for run, test, config in found:
         low_high = test["bits_per_byte_95"]
         rows.append(
