@@ -11,7 +11,7 @@ from attnlab.errors import UserError
 from attnlab.overrides import override
 from attnlab.plan import estimate_cost, plan
 
-SMALL = ("model.width=32", "model.layers=2", "task.length=32", "task.batch=4", "model.heads=4")
+SMALL = ("model.width=32", "model.layers=2", "task.length=32", "task.batch=8", "model.heads=4")
 VOCAB = 257
 
 
@@ -96,7 +96,7 @@ def test_the_plan_is_printed_without_compiling(corpus, capsys):
     jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
     assert compiled, "the listener hears compilations"
     out = capsys.readouterr().out
-    for word in ("parameters", "FLOPs", "decoding", "memory", "1,000 of 4 x 32", "epochs"):
+    for word in ("parameters", "FLOPs", "decoding", "memory", "1,000 of 8 x 32", "epochs"):
         assert word in out
     assert "warning" not in out
 
