@@ -1,6 +1,9 @@
 """Half an hour on two CPU cores: a 5 M-parameter byte-level model of the King James Bible.
 
 attnlab train --config=configs/laptop.py --workdir=runs/laptop
+
+An hour of processor time, so half an hour on 2 idle cores; 1.61 bits per byte on the held-out
+books, where bzip2 -9 needs 2.02 (1.91 after the training text) and xz -9e 2.26 (1.87).
 """
 
 from attnlab.config import base, parse_arg

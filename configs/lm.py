@@ -2,6 +2,9 @@
 
 attnlab train --config=configs/lm.py:attention=window,position=rope --workdir=runs/window
 
+At its defaults three times the work of configs/laptop.py (`attnlab plan` counts it); no score of
+it is recorded.
+
 Keys after the colon: attention (``a+b`` alternates over the layers), position, corpus, length.
 """
 

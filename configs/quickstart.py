@@ -1,6 +1,9 @@
 """The first run: a small byte-level model of the King James Bible, a few minutes on two CPU cores.
 
 attnlab train --config=configs/quickstart.py --workdir=runs/quickstart
+
+4.5 minutes on 2 CPU cores; 1.95 bits per byte on the held-out books, where gzip -9 needs 2.57
+(2.53 after the training text) and bzip2 -9 needs 2.02 (1.91).
 """
 
 from attnlab.config import base, parse_arg
