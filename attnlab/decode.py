@@ -99,14 +99,25 @@ def stream_tokens(
 
     At most ``context`` tokens are in sight: when they are used up, the newest half is read again as
     if a text began there, since positions beyond the training length are not to be trusted. Raises
-    `UserError` for an empty or too long prompt, an id that the model does not have, or a sampling
-    setting out of range.
+    `UserError`, at once and not at the first token, for an empty or too long prompt, an id that
+    the model does not have, or a sampling setting out of range.
     """
     prompt = np.asarray(prompt)
     check_prompt(prompt, context)
     _check_settings(prompt, model.vocab_size, temperature, top_k, top_p)
     settings = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
-    key, count, seen = jax.random.key(seed), 0, list(map(int, prompt))
+    return _stream(model, params, list(map(int, prompt)), context, settings, jax.random.key(seed))
+
+
+def _stream(
+    model: Transformer,
+    params: Any,
+    seen: list[int],
+    context: int,
+    settings: tuple[Array, Array, Array],
+    key: Array,
+) -> Iterator[int]:
+    count = 0
 
     def read(tokens: list[int]):
         memory = initial_memory(model.architecture, model.mechanisms, 1, context)

@@ -218,5 +218,6 @@ def test_a_mistake_in_the_command_is_one_line(capsys, flags, message):
     capsys.readouterr()
     assert main(["generate", f"--workdir={path}", *flags]) == 2
     output = capsys.readouterr()
+    assert output.out == ""
     assert message in output.err.splitlines()[-1]
     assert "Traceback" not in output.err
