@@ -226,5 +226,5 @@ def test_config_files_hold_their_promises():
     lm = load("configs/lm.py:attention=window,position=alibi,length=64,corpus=sympy")
     assert (lm.attention.name, lm.position.name) == ("window", "alibi")
     assert (lm.task.length, lm.task.corpus) == (64, "sympy")
-    assert load("configs/laptop.py").task.length == 2048
+    assert load("configs/laptop.py:attention=window").attention.name == "window"
     assert configs.CHOICES.keys() <= kinds(base()).keys()
