@@ -72,7 +72,8 @@ class Result(NamedTuple):
     """``out`` [B N H E] in the dtype of the queries; ``state`` for the next call; ``aux`` a dict.
 
     Keys of ``aux``: ``lse`` [B H N] f32, ``probs`` [B H N M] (dense forms only), ``loss`` (scalar
-    balance terms, added to the training loss), ``stats`` (anything worth logging).
+    balance terms, added to the training loss), ``statistics`` (next value of the parameters of that
+    name, see `Mechanism.init`), ``stats`` (scalars worth logging).
     """
 
     out: Array
@@ -270,6 +271,9 @@ class Mechanism:
     """
 
     cost: ClassVar[Cost]
+    carries: ClassVar[bool] = False
+    """Training hands the state on from batch to batch (``task.packing=stream``): a memory longer
+    than a batch's rows. The state must then tell documents apart by the segments it keeps."""
 
     @property
     def relative(self) -> bool:
@@ -278,7 +282,12 @@ class Mechanism:
         return True
 
     def init(self, key: Array, dims: Dims) -> Any:
-        """Learned parameters of one layer (a pytree, ``{}`` when there are none)."""
+        """Parameters of one layer (a pytree, ``{}`` when there are none).
+
+        What stands under the key ``"statistics"`` is measured, not learned (moving averages, random
+        features): no gradient reaches it, and a training step replaces it by what the call returns
+        as ``aux["statistics"]``.
+        """
         return {}
 
     def initial_state(self, dims: Dims, batch: int, dtype: Any = jnp.float32) -> Any:
