@@ -230,6 +230,9 @@ class Normaliser:
         total = jnp.sum(weight, -1, keepdims=True)
         return weight / jnp.where(total > 0, total, 1.0)
 
+    def validate(self, dims: Dims, causal: bool) -> None:
+        """Raise `UserError` where the sizes or the direction make no sense for this module."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
