@@ -80,16 +80,6 @@ def fields_of(mechanism: Mechanism) -> str:
     return text[text.index("(") :].replace(" ", "") if "(" in text else ""
 
 
-def every() -> list[Case]:
-    """All example instances of all mechanisms, with all positions."""
-    return [
-        Case(example, positions.get(place)())
-        for name in mechanisms.names()
-        for example in mechanisms.get(name).examples()
-        for place in positions.names()
-    ]
-
-
 def one_each() -> list[Case]:
     """All example instances, each with one position; the positions take turns."""
     places = positions.names()
@@ -100,17 +90,37 @@ def one_each() -> list[Case]:
     ]
 
 
-WEIGHING = ("entmax", "sigmoid", "softmax_plus_one", "sparsemax", "top_k")
-SCALING = ("log_n", "ssmax")
+def first_of_each() -> list[Case]:
+    """The first example of every mechanism, as in `one_each`."""
+    first = {key_of(case.mechanism): case for case in reversed(one_each())}
+    return [first[name] for name in mechanisms.names()]
 
 
-def normalised(mechanism: Mechanism) -> list[Case]:
-    """The mechanism with every normaliser but softmax, the positions taking turns."""
-    places = positions.names()
+def pairs() -> list[Case]:
+    """The first example of every mechanism with every position."""
     return [
-        Case(mechanism, positions.get(places[i % len(places)])(), normaliser=small(name))
-        for i, name in enumerate(name for name in normalisers.names() if name != "softmax")
+        Case(case.mechanism, positions.get(place)())
+        for case in first_of_each()
+        for place in positions.names()
     ]
+
+
+def weighed() -> list[Case]:
+    """The first example of every mechanism with every normaliser but softmax."""
+    names = [name for name in normalisers.names() if name != "softmax"]
+    return [replace(case, normaliser=small(name)) for case in first_of_each() for name in names]
+
+
+def weighed_in_turn() -> list[Case]:
+    """Of these, two for every mechanism: a normaliser that all can host and one that needs the
+    whole row, each kind in turn."""
+    chosen = []
+    for shift, name in enumerate(mechanisms.names()):
+        mine = [case for case in weighed() if key_of(case.mechanism) == name]
+        for kind in (True, False):
+            kin = [case for case in mine if case.normaliser.separable == kind]
+            chosen.append(kin[shift % len(kin)])
+    return chosen
 
 
 def small(name: str) -> Normaliser:
