@@ -1,5 +1,6 @@
 """One softmax from several: attention over disjoint sets of keys, merged by their log-sum-exp."""
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.core import MASK, Array
@@ -13,7 +14,7 @@ def merge(outs: Array, lses: Array) -> tuple[Array, Array]:
     ``outs`` [P ... E] and ``lses`` [P ...] (`MASK` where a part saw no key); returns f32 ``out``
     [... E], 0 where no part saw a key, and ``lse`` [...]. Cost O(P) per row.
     """
-    top = jnp.max(lses, 0)
+    top = jax.lax.stop_gradient(jnp.max(lses, 0))  # any shift gives the same result
     weight = jnp.where(lses > MASK, jnp.exp(lses - top), 0.0)
     total = jnp.sum(weight, 0)
     safe = jnp.where(total > 0, total, 1.0)
