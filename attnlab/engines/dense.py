@@ -8,15 +8,21 @@ from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines import report_use
 
 
-def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Array]:
+def attend(
+    queries: Queries, keys: Keys, rule: Rule, among: Array | None = None
+) -> tuple[Array, Array, Array]:
     """softmax(logits) v, row by row; a row with no visible key gives 0.
 
+    ``among``, bool and broadcastable to [B H N M], narrows what the rule allows, by content.
     Returns ``out`` [B N H E] in the dtype of the queries, ``lse`` [B H N] f32 (`MASK` for an empty
     row) and ``probs`` [B H N M] f32. Cost: O(N M) time and memory.
     """
     report_use("dense", "XLA")
     seen = rule.allowed(queries, keys)[:, None]
     z = rule.logits(queries, keys)
+    if among is not None:
+        seen = seen & among
+        z = jnp.where(seen, z, MASK)
     # Any shift gives the same result, so it has no gradient; that of a maximum is NaN when the
     # compiler rounds the logits differently where it looks for the maximum again.
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
