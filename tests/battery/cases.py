@@ -46,16 +46,6 @@ def fields_of(mechanism: Mechanism) -> str:
     return text[text.index("(") :].replace(" ", "") if "(" in text else ""
 
 
-def every() -> list[Case]:
-    """All example instances of all mechanisms, with all positions."""
-    return [
-        Case(example, positions.get(place)())
-        for name in mechanisms.names()
-        for example in mechanisms.get(name).examples()
-        for place in positions.names()
-    ]
-
-
 def one_each() -> list[Case]:
     """All example instances, each with one position; the positions take turns."""
     places = positions.names()
@@ -63,6 +53,21 @@ def one_each() -> list[Case]:
         Case(example, positions.get(places[(shift + i) % len(places)])())
         for shift, name in enumerate(mechanisms.names())
         for i, example in enumerate(mechanisms.get(name).examples())
+    ]
+
+
+def first_of_each() -> list[Case]:
+    """The first example of every mechanism, as in `one_each`."""
+    first = {key_of(case.mechanism): case for case in reversed(one_each())}
+    return [first[name] for name in mechanisms.names()]
+
+
+def pairs() -> list[Case]:
+    """The first example of every mechanism with every position."""
+    return [
+        Case(case.mechanism, positions.get(place)())
+        for case in first_of_each()
+        for place in positions.names()
     ]
 
 

@@ -1,6 +1,7 @@
 """A combination without meaning is refused, early and by name, or it must keep every promise."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import pytest
@@ -12,14 +13,18 @@ from battery.cases import Case, bidirectional, draw, key_of
 
 def verify(check: Callable[[Case], None], case: Case) -> None:
     """``check(case)``; where the mechanism refuses the case, the refusal itself is checked, and
-    then the promise in the other direction if that one is accepted."""
+    then the promise with rope, in the other direction, or both: the first that is accepted."""
     message = refusal(case)
     if message is None:
         return check(case)
     check_refusal(case, message)
-    other = bidirectional(case)
-    if case.causal and refusal(other) is None and not getattr(check, "causal_only", False):
-        check(other)
+    rope = replace(case, position=positions.get("rope")())
+    others = [rope]
+    if not getattr(check, "causal_only", False):
+        others += [replace(z, causal=not case.causal) for z in (case, rope)]
+    for other in others:
+        if refusal(other) is None:
+            return check(other)
     return None
 
 
