@@ -1,5 +1,5 @@
 """Documents cut into segments of equally many tokens, by position and never by place in a call:
-which keys a segment sees, what a memory keeps of them, and how parts of an attention become one."""
+which keys a segment sees, and what a memory keeps of them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import MASK, Array, Keys, Pattern, Rule
+from attnlab.core import Array, Keys, Pattern, Rule
+from attnlab.engines import parts
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,9 @@ def part_of(rule: Rule) -> Rule:
     return dataclasses.replace(rule, taps=tuple(t for t in rule.taps if t[0] != "heads"))
 
 
-def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Attention over disjoint sets of keys, from ``(out, lse)`` over each: Σ e^lse out / Σ e^lse.
-
-    ``out`` [B N H E] in the dtype of the first, ``lse`` [B H N] f32; a row that is empty in every
-    part stays 0. Cost: O(N) a part.
-    """
-    lse = jnp.stack([part[1] for part in parts])
-    top = jax.lax.stop_gradient(jnp.max(lse, 0))
-    weight = jnp.exp(lse - top)
-    total = jnp.sum(weight, 0)
-    shares = jnp.swapaxes(weight / total, 2, 3)[..., None]
-    out = sum(share * part[0].astype(jnp.float32) for share, part in zip(shares, parts))
-    lse = jnp.where(top > MASK, top + jnp.log(total), MASK)
-    return jnp.asarray(out).astype(parts[0][0].dtype), lse
+def join(*attended: tuple[Array, Array]) -> tuple[Array, Array]:
+    """One attention from its ``(out, lse)`` over disjoint sets of keys, as `blockwise.attend` gives
+    them: ``out`` [B N H E] in the dtype of the first, ``lse`` [B H N]."""
+    outs, lses = (jnp.stack(z) for z in zip(*attended))
+    out, lse = parts.merge(outs, jnp.swapaxes(lses, -1, -2))
+    return out.astype(outs.dtype), jnp.swapaxes(lse, -1, -2)

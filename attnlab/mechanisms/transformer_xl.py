@@ -98,7 +98,7 @@ def attend(
     if memory == 0:
         return part
     past = rule.restrict(Span(segment, -memory, 0))
-    return segments.merge(part, blockwise.attend(queries, segments.stopped(keys), past, tile))
+    return segments.join(part, blockwise.attend(queries, segments.stopped(keys), past, tile))
 
 
 def weighted(probs: Array, v: Array) -> Array:
