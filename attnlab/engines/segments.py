@@ -83,3 +83,14 @@ def join(*attended: tuple[Array, Array]) -> tuple[Array, Array]:
     outs, lses = (jnp.stack(z) for z in zip(*attended))
     out, lse = parts.merge(outs, jnp.swapaxes(lses, -1, -2))
     return out.astype(outs.dtype), jnp.swapaxes(lse, -1, -2)
+
+
+def count_pairs(length: int, segment: int, memory: int) -> int:
+    """(query, key) pairs of ``length`` tokens of one document, each of which sees what its segment
+    holds so far and ``memory`` tokens before the segment."""
+    whole, rest = divmod(length, segment)
+    pairs = whole * segment * (segment + 1) // 2 + rest * (rest + 1) // 2
+    filling = min(whole, -(-memory // segment))
+    pairs += segment * segment * filling * (filling - 1) // 2
+    pairs += segment * memory * (whole - filling)
+    return pairs + rest * min(memory, whole * segment)

@@ -1,8 +1,9 @@
 """Local attention with a compressive memory that does not grow."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,12 @@ class Infini(Mechanism):
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         _refuse(rule)
-        return recall(UPDATES[self.update], positive, self, params, queries, keys, rule, state)
+        return recall(UPDATES[self.update], self.segment, params, queries, keys, rule, state)
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         _refuse(rule)
-        step = partial(_one_token, self.update)
-        return recall_by_token(step, positive, self, params, queries, keys, rule, state)
+        update = UPDATES[self.update]
+        return recall_by_token(update, self.segment, params, queries, keys, rule, state)
 
     def limit(self, length: int):
         return dataclasses.replace(self, segment=length)
@@ -79,31 +80,36 @@ class Infini(Mechanism):
         return (cls(segment=5, gate=0.0), cls(segment=6, update="delta", gate=0.0))
 
 
-def positive(z: Array) -> Array:
-    """σ = elu + 1."""
-    return jax.nn.elu(z) + 1
+class Update(NamedTuple):
+    """How a memory is written and asked: ``features`` of queries and keys; ``write`` what tokens of
+    a chunk add under their keys, ``write_one`` the same for one token, from `Memory`, k [B G D]
+    and v [B G E+1]; ``answer`` the values in what was found [... E+1]."""
+
+    features: Callable[[Array], Array]
+    write: Write
+    write_one: Callable[[Memory, Array, Array], Array]
+    answer: Callable[[Array], Array]
 
 
 def recall(
-    write: Write, features, fields, params, queries: Queries, keys: Keys, rule: Rule, state
+    update: Update, segment: int, params, queries: Queries, keys: Keys, rule: Rule, state
 ) -> Result:
-    """Local attention and what an associative memory recalls, gated; ``fields`` has the segment."""
-    segment = fields.segment
-    tokens = association.tokens_of(queries, keys, features, segment)
+    """Attention inside segments and what a memory of those before answers, gated."""
+    tokens = association.tokens_of(queries, keys, update.features, segment)
     memory = association.memory_of(state, tokens, segment)
-    found, memory = association.associate(write, tokens, memory, min(segment, 64))
+    found, memory = association.associate(update.write, tokens, memory, min(segment, 64))
     keys, local = association.local_of(keys, state)
     inner = segments.part_of(rule).restrict(segments.own(segment))
     out, _ = blockwise.attend(queries, keys, inner, segments.tile_of(segment))
-    return _gated(params, found, out, rule, memory, local)
+    return _gated(update, params, found, out, rule, memory, local)
 
 
 def recall_by_token(
-    step, features, fields, params, queries: Queries, keys: Keys, rule: Rule, state
+    update: Update, segment: int, params, queries: Queries, keys: Keys, rule: Rule, state
 ) -> Result:
-    """`recall`, one token after the other: (memory, token) -> (memory, what is read)."""
-    tokens = association.tokens_of(queries, keys, features, fields.segment)
-    memory = association.memory_of(state, tokens, fields.segment)
+    """`recall`, literally: every token reads, then writes."""
+    tokens = association.tokens_of(queries, keys, update.features, segment)
+    memory = association.memory_of(state, tokens, segment)
 
     def turn(memory: Memory, t: Tokens):
         same, full = t.seg == memory.seg, t.seg >= 0
@@ -111,7 +117,9 @@ def recall_by_token(
         past = jnp.where(moved, memory.past + memory.now, memory.past)
         now = jnp.where(moved, 0, memory.now)
         past, now = (jnp.where(same[:, None, None, None], z, 0) for z in (past, now))
-        after, found = step(Memory(past, now, t.seg, t.segment), t)
+        found = jnp.einsum("bgrd,bgde->bgre", t.q, past)
+        w = update.write_one(Memory(past, now, t.seg, t.segment), t.k, t.v)
+        after = Memory(past, now + t.k[..., None] * w[:, :, None], t.seg, t.segment)
 
         def either(a, b):
             return jnp.where(full.reshape(-1, *[1] * (a.ndim - 1)), a, b)
@@ -120,23 +128,30 @@ def recall_by_token(
 
     memory, found = lax.scan(turn, memory, jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), tokens))
     keys, local = association.local_of(keys, state)
-    inner = segments.part_of(rule).restrict(segments.own(fields.segment))
+    inner = segments.part_of(rule).restrict(segments.own(segment))
     out, _, _ = dense.attend(queries, keys, inner)
-    return _gated(params, jnp.moveaxis(found, 0, 1), out, rule, memory, local)
+    return _gated(update, params, jnp.moveaxis(found, 0, 1), out, rule, memory, local)
 
 
-def _gated(params, found: Array, out: Array, rule: Rule, memory: Memory, local) -> Result:
+def _gated(
+    update: Update, params, found: Array, out: Array, rule: Rule, memory: Memory, local
+) -> Result:
     found = found.reshape(*out.shape[:3], -1)
-    some = found[..., -1:] > FAINT
-    gate = jnp.where(some, jax.nn.sigmoid(params["gate"])[:, None], 0)
-    recalled = found[..., :-1] / jnp.where(some, found[..., -1:], 1)
-    mixed = gate * recalled + (1 - gate) * out.astype(jnp.float32)
+    gate = jnp.where(found[..., -1:] > FAINT, jax.nn.sigmoid(params["gate"])[:, None], 0)
+    mixed = gate * update.answer(found) + (1 - gate) * out.astype(jnp.float32)
     state = State(memory.past, memory.now, local) if local else ()
     return Result(rule.tap("heads", mixed.astype(out.dtype)), state, {})
 
 
-def _linear(chunk: Chunk) -> Array:
-    return chunk.v
+def positive(z: Array) -> Array:
+    """σ = elu + 1."""
+    return jax.nn.elu(z) + 1
+
+
+def normalised(found: Array) -> Array:
+    """σ(q) M / σ(q) z; 0 from an empty memory."""
+    some = found[..., -1:] > FAINT
+    return jnp.where(some, found[..., :-1] / jnp.where(some, found[..., -1:], 1), 0)
 
 
 def _delta(chunk: Chunk) -> Array:
@@ -147,22 +162,19 @@ def _delta(chunk: Chunk) -> Array:
     return _corrected(chunk.v, association.read(chunk, k, first)[:, :, :, 0])
 
 
+def _delta_one(memory: Memory, k: Array, v: Array) -> Array:
+    return _corrected(v, jnp.einsum("bgd,bgde->bge", k, memory.past))
+
+
 def _corrected(v: Array, found: Array) -> Array:
     """v − σ(k) M / σ(k) z, and the 1 that z grows by."""
-    some = found[..., -1:] > FAINT
-    old = jnp.where(some, found / jnp.where(some, found[..., -1:], 1), 0)
-    return v.at[..., :-1].add(-old[..., :-1])
+    return v.at[..., :-1].add(-normalised(found))
 
 
-def _one_token(update: str, memory: Memory, t: Tokens) -> tuple[Memory, Array]:
-    found = jnp.einsum("bgrd,bgde->bgre", t.q, memory.past)
-    w = t.v
-    if update == "delta":
-        w = _corrected(w, jnp.einsum("bgd,bgde->bge", t.k, memory.past))
-    return memory._replace(now=memory.now + t.k[..., None] * w[:, :, None]), found
-
-
-UPDATES: dict[str, Write] = {"linear": _linear, "delta": _delta}
+UPDATES = {
+    "linear": Update(positive, lambda chunk: chunk.v, lambda memory, k, v: v, normalised),
+    "delta": Update(positive, _delta, _delta_one, normalised),
+}
 
 
 def count_flops(dims: Dims, length: int, segment: int, reads: int) -> float:

@@ -80,7 +80,7 @@ class TransformerXL(Mechanism):
         return dataclasses.replace(self, segment=length)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        pairs = count_pairs(length, self.segment, self.memory)
+        pairs = segments.count_pairs(length, self.segment, self.memory)
         return 2.0 * dims.heads * (dims.key_dim + dims.value_dim) * pairs
 
     @classmethod
@@ -105,16 +105,6 @@ def weighted(probs: Array, v: Array) -> Array:
     """Σ_j p_ij v_j, f32: [B H N M], [B M G E] -> [B N H E]."""
     v = jnp.repeat(v.astype(jnp.float32), probs.shape[1] // v.shape[2], 2)
     return jnp.einsum("bhnm,bmhe->bnhe", probs, v)
-
-
-def count_pairs(length: int, segment: int, memory: int) -> int:
-    """(query, key) pairs of ``length`` tokens: own segments, triangular, and what is cached."""
-    whole, rest = divmod(length, segment)
-    pairs = whole * segment * (segment + 1) // 2 + rest * (rest + 1) // 2
-    before = [min(memory, i * segment) for i in range(min(whole, -(-memory // segment)) + 1)]
-    full = whole - len(before[:whole])
-    pairs += segment * (sum(before[:whole]) + full * memory)
-    return pairs + rest * min(memory, whole * segment)
 
 
 def _refuse(rule: Rule) -> None:
