@@ -142,8 +142,8 @@ class KnnMemory(Mechanism):
         score = lax.optimization_barrier(lax.stop_gradient(jnp.where(seen, z, MASK)))
         last = lax.top_k(score, min(self.neighbours, score.shape[-1]))[0][..., -1:]
         kept = seen & (score >= last)
-        z = z * params["scale"].reshape(G, -1, 1, 1)
-        top = lax.stop_gradient(jnp.max(jnp.where(kept, z, MASK), -1, keepdims=True))
+        z = jnp.where(kept, z * params["scale"].reshape(G, -1, 1, 1), MASK)
+        top = lax.stop_gradient(jnp.max(z, -1, keepdims=True))
         weight = jnp.where(kept, jnp.exp(z - top), 0)
         total = jnp.sum(weight, -1, keepdims=True)
         probs = weight / jnp.where(total > 0, total, 1)

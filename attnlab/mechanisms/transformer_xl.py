@@ -3,11 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
-from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
-from attnlab.engines import blockwise, segments
+from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result, Rule
+from attnlab.engines import segments
 from attnlab.engines.segments import Span
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_bidirectional, refuse_normaliser
@@ -56,25 +55,19 @@ class TransformerXL(Mechanism):
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
         keys, state = segments.remember(keys, state)
-        out, lse = attend(queries, keys, segments.part_of(rule), self.segment, self.memory)
-        return Result(rule.tap("heads", out), state, {"lse": lse})
+        tile = segments.tile_of(self.segment)
+        out, lse = segments.attend(queries, rule, tile, *self._seen(keys))
+        return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         _refuse(rule)
         keys, state = segments.remember(keys, state)
-        keys = keys.cleared()
-        seen = rule.restrict(Span(self.segment, -self.memory, self.segment))
-        here = rule.restrict(segments.own(self.segment)).allowed(queries, keys)[:, None]
-        bare, past = dataclasses.replace(rule, taps=()), segments.stopped(keys)
-        z = jnp.where(here, bare.logits(queries, keys), bare.logits(queries, past))
-        z = jnp.where(seen.allowed(queries, keys)[:, None], rule.tap("logits", z), MASK)
-        probs = rule.tap("probs", jnp.where(z > MASK, jax.nn.softmax(z, -1), 0))
-        out = weighted(jnp.where(here, probs, 0), keys.v)
-        out += weighted(jnp.where(here, 0, probs), past.v)
-        lse = jnp.maximum(jax.nn.logsumexp(z, -1), MASK)
-        return Result(
-            rule.tap("heads", out.astype(queries.q.dtype)), state, {"lse": lse, "probs": probs}
-        )
+        out, lse, probs = segments.attend_densely(queries, rule, *self._seen(keys))
+        return Result(out, state, {"lse": lse, "probs": probs})
+
+    def _seen(self, keys: Keys) -> tuple[tuple[Keys, Pattern], ...]:
+        cached = segments.stopped(keys), Span(self.segment, -self.memory, 0)
+        return (keys, segments.own(self.segment)), *((cached,) if self.memory else ())
 
     def limit(self, length: int):
         return dataclasses.replace(self, segment=length)
@@ -86,25 +79,6 @@ class TransformerXL(Mechanism):
     @classmethod
     def examples(cls):
         return (cls(segment=5, memory=7), cls(segment=8, memory=3))
-
-
-def attend(
-    queries: Queries, keys: Keys, rule: Rule, segment: int, memory: int
-) -> tuple[Array, Array]:
-    """``(out, lse)`` over the own segment and ``memory`` tokens before it, the latter without a
-    gradient."""
-    tile, here = segments.tile_of(segment), rule.restrict(segments.own(segment))
-    part = blockwise.attend(queries, keys, here, tile)
-    if memory == 0:
-        return part
-    past = rule.restrict(Span(segment, -memory, 0))
-    return segments.join(part, blockwise.attend(queries, segments.stopped(keys), past, tile))
-
-
-def weighted(probs: Array, v: Array) -> Array:
-    """Σ_j p_ij v_j, f32: [B H N M], [B M G E] -> [B N H E]."""
-    v = jnp.repeat(v.astype(jnp.float32), probs.shape[1] // v.shape[2], 2)
-    return jnp.einsum("bhnm,bmhe->bnhe", probs, v)
 
 
 def _refuse(rule: Rule) -> None:
