@@ -288,7 +288,7 @@ def _backward(reach, residuals, cotangents):
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add_round(carry, plan_r):
-        B, H, T, C = plan_r.token.shape
+        B, H, T, _ = plan_r.token.shape
         t = _tiles(reach, rule, q, k, v, tokens, plan.code, plan_r)
         z, pull = jax.vjp(lambda *z: local_logits(*z, t.q_pos, t.k_pos), rule, t.q, t.k)
         rows = _heads_first(_placed(of_rows, plan_r.token))

@@ -19,17 +19,20 @@ def meet(buckets: Array, length: int, queries: Queries) -> Array:
     return same & (jnp.abs(number[..., :, None] - number[..., None, :]) <= length)
 
 
-def attend(queries: Queries, keys: Keys, rule: Rule, met: Array) -> tuple[Array, Array, Array]:
-    """Softmax over the keys that are ``met`` (bool [B H N N]) and that the rule shows, the token
-    itself only where there is no other. Returns ``out`` [B N H E], ``lse`` [B H N] over others
-    (`MASK` where there are none) and ``probs`` [B H N N]. Cost: O(N²) time and memory."""
+def attend(queries: Queries, keys: Keys, rule: Rule, times: Array) -> tuple[Array, Array, Array]:
+    """Softmax over the keys that a query meets and the rule shows, as many ``times`` each (int or
+    bool [B H N N]); over the token itself only where there is no other.
+
+    Returns ``out`` [B N H E], ``lse`` [B H N] over others (`MASK` where there are none) and
+    ``probs`` [B H N N]. Cost: O(N²) time and memory.
+    """
     report_use("union", "XLA")
-    itself = jnp.eye(met.shape[-1], dtype=bool)
-    allowed = rule.allowed(queries, keys)[:, None]
-    others = met & allowed & ~itself
+    itself = jnp.eye(times.shape[-1], dtype=bool)
+    others = (times > 0) & rule.allowed(queries, keys)[:, None] & ~itself
     some = jnp.any(others, -1, keepdims=True)
     seen = jnp.where(some, others, itself & (queries.seg >= 0)[:, None, :, None])
-    z = jnp.where(seen, rule.logits(queries, keys), MASK)
+    often = jnp.log(jnp.maximum(times, 1).astype(jnp.float32))
+    z = jnp.where(seen, rule.logits(queries, keys) + often, MASK)
     top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
     weight = jnp.where(seen, jnp.exp(z - top), 0.0)
     total = jnp.sum(weight, -1, keepdims=True)

@@ -16,9 +16,21 @@ FACTORISED = 64
 """From so many buckets on, two hashes of about the square root of the number make up one."""
 
 
+def check_sizes(name: str, **sizes: int) -> None:
+    """Raises `UserError` for a size below 1, or ``buckets`` that no hash makes."""
+    buckets = sizes["buckets"]
+    odd = buckets > 1 and buckets % (2 if buckets < FACTORISED else 4)
+    if odd or min(sizes.values()) < 1:
+        given = ", ".join(f"{field}={size}" for field, size in sizes.items())
+        raise UserError(
+            f"{name}: {given}; use at least 1 of each, and buckets=1, an even number, or from "
+            f"{FACTORISED} on a multiple of 4"
+        )
+
+
 def factors(buckets: int) -> tuple[int, ...]:
     """Even sizes of the hashes whose product is ``buckets``; () for a single bucket."""
-    if buckets < FACTORISED or buckets % 4:
+    if buckets < FACTORISED:
         return () if buckets == 1 else (buckets,)
     half = buckets // 2
     low = max(n for n in range(2, math.isqrt(buckets) + 1, 2) if half % n == 0)
@@ -78,16 +90,7 @@ class Lsh(Mechanism):
     cost = Cost(time=1, memory=1, state=0)
 
     def __post_init__(self):
-        if min(self.rounds, self.buckets, self.length) < 1:
-            raise UserError(
-                f"lsh: rounds={self.rounds}, buckets={self.buckets}, length={self.length}; "
-                "use 1 or more of each"
-            )
-        if self.buckets > 1 and self.buckets % (2 if self.buckets < FACTORISED else 4):
-            raise UserError(
-                f"lsh: buckets={self.buckets}; use 1, an even number, or from {FACTORISED} on a "
-                "multiple of 4"
-            )
+        check_sizes("lsh", rounds=self.rounds, buckets=self.buckets, length=self.length)
 
     def initial_state(self, dims: Dims, batch: int, dtype=jnp.float32):
         return rings.empty(dims, batch, self.rounds, self.buckets, self.length, dtype)
