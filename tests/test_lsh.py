@@ -1,10 +1,12 @@
 """LSH attention: a softmax over what hashes alike, and hashes that keep directions together."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close, outputs
+from battery.calls import QUICK, assert_close, quick_outputs
 from battery.cases import DIMS, Case, documents, draw
 from battery.continuation import extend
 
@@ -36,7 +38,7 @@ def test_one_bucket_is_softmax_with_a_shared_query_and_key():
     case = Case(Lsh(rounds=1, buckets=1, length=40), NoPosition())
     inputs = draw(case, length=40)
     wanted = softmax_over(lambda b, h, i: list(range(i)), inputs)
-    assert_close(outputs(case, inputs), wanted)
+    assert_close(quick_outputs(case, inputs), wanted)
 
 
 def test_three_rounds_are_one_softmax_over_the_union_of_their_newest_keys():
@@ -49,7 +51,7 @@ def test_three_rounds_are_one_softmax_over_the_union_of_their_newest_keys():
         rounds = ([j for j in range(i) if code[b, h, j] == code[b, h, i]][-5:] for code in buckets)
         return sorted({j for found in rounds for j in found})
 
-    assert_close(outputs(case, inputs), softmax_over(seen, inputs))
+    assert_close(quick_outputs(case, inputs), softmax_over(seen, inputs))
 
 
 @pytest.mark.parametrize("pieces", [(1,) * 24, (7, 1, 16)])
@@ -58,7 +60,7 @@ def test_decoding_from_rings_equals_training_in_packed_documents(pieces):
     inputs = documents(draw(case), (9, 15), (24,)).tokens(lambda z: z[:, :24])
     state = case.mechanism.initial_state(DIMS, 2)
     assert state.pos.shape == (2, DIMS.heads, 2, 2, 3)
-    whole = np.asarray(outputs(case, inputs))
+    whole = np.asarray(quick_outputs(case, inputs))
     padded = inputs.tokens(lambda z: np.pad(z, [(0, 0), (0, 8)] + [(0, 0)] * (z.ndim - 2)))
     padded.seg[:, 24:] = -1
     assert_close(extend(case, padded, (*pieces, 8))[:, :24], whole)
@@ -74,7 +76,7 @@ def test_the_chance_of_a_collision_falls_with_the_angle(buckets):
     b -= np.sum(a * b, -1, keepdims=True) * a
     b /= np.linalg.norm(b, axis=-1, keepdims=True)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def find(u):
         return hash_directions(u, 2, buckets, jax.random.key(3))
 
