@@ -62,18 +62,13 @@ def attend(
     if not state:
         state = initial_state(B, G, D, E)
     size = 1 << (min(chunk, N) - 1).bit_length()
-    full = (seg >= 0)[..., None, None]
 
-    def tiles(z: Array | None) -> Array | None:
-        """[B N heads X] -> [chunks B heads C X] f32, 0 in empty slots."""
-        if z is None:
-            return None
-        z = pad(jnp.where(full, z.astype(jnp.float32), 0), size, 0)
-        return jnp.moveaxis(z.reshape(B, -1, size, *z.shape[2:]), (1, 3), (0, 2))
+    def tiles(z: Array, fill: int = 0) -> Array:
+        """[B N ...] -> [chunks B C ...]."""
+        return jnp.moveaxis(pad(z, size, fill).reshape(B, -1, size, *z.shape[2:]), 1, 0)
 
-    q = tiles(q).reshape(-1, B, G, H // G, size, D)
-    segs = jnp.moveaxis(pad(seg, size, -1).reshape(B, -1, size), 1, 0)
-    tokens = (q, tiles(k), tiles(v), segs, tiles(key_decay), tiles(value_decay))
+    tokens = (q.reshape(B, N, G, H // G, D), k, v, key_decay, value_decay)
+    tokens = (tiles(seg, -1), *jax.tree.map(tiles, tokens))
     state, out = lax.scan(jax.checkpoint(_chunk, prevent_cse=False), state, tokens)
     return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, -1, H, E)[:, :N], state
 
@@ -135,10 +130,16 @@ def sums_between(decay: Array) -> Array:
 
 
 def _chunk(state: State, tokens: tuple) -> tuple[State, Array]:
-    """One step of the scan: ``q`` [B G R C D], ``k`` [B G C D], ``v`` [B G C E], ``seg`` [B C]."""
-    q, k, v, seg, *decays = tokens
-    zero = jnp.zeros((*k.shape[:3], 1))
-    a, b = (zero if decay is None else decay for decay in decays)
+    """One step of the scan: ``seg`` [B C], ``q`` [B C G R D], ``k`` [B C G D], ..."""
+    seg, *arrays = tokens
+
+    def heads_first(z: Array | None) -> Array:
+        """f32 [B G ... C X], 0 in empty slots; one decay of 0 where there is none."""
+        z = jnp.zeros((*arrays[1].shape[:3], 1)) if z is None else z.astype(jnp.float32)
+        full = (seg >= 0).reshape(*seg.shape, *[1] * (z.ndim - 2))
+        return jnp.moveaxis(jnp.where(full, z, 0), 1, -2)
+
+    q, k, v, a, b = (heads_first(z) for z in arrays)
     scalar = a.shape[-1] == b.shape[-1] == 1
     within = _within_by_table if scalar else _within_by_halves
     out = within(q, k, v, seg, a, b)
