@@ -120,7 +120,7 @@ class Scores:
 def _losses(
     model: Transformer, params: Any, batch: dict[str, jax.Array], out: NamedSharding | None
 ) -> jax.Array:
-    nll = token_losses(model, params, batch)[0]
+    nll = token_losses(model, params, batch).nll
     return nll if out is None else jax.lax.with_sharding_constraint(nll, out)
 
 
