@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from attnlab import tasks
+from attnlab.carry import nothing_read, resume
 from attnlab.config import model_of
 from attnlab.errors import UserError
 from attnlab.limits import validate
@@ -28,7 +29,8 @@ class Estimate(NamedTuple):
     numbers ``measured`` in training (see `attnlab.statistics`);
     ``matmul_flops`` and ``attention_flops`` of training per token (forward, and twice that for the
     backward pass); bytes of ``decoding`` memory per sequence of the training length; bytes on each
-    device that are ``fixed`` (parameters, gradients, optimizer) and of ``activations``."""
+    device that are ``fixed`` (parameters, gradients, optimizer, carried memory) and of
+    ``activations``."""
 
     parameters: dict[str, int]
     measured: int
@@ -85,7 +87,8 @@ def estimate_cost(config: ConfigDict, vocab_size: int, devices: int = 1, fsdp: i
         matmul_flops=6.0 * multiplied,
         attention_flops=3.0 * attention,
         decoding=_size(memory),
-        fixed=(_size(state) + gradients) // fsdp,
+        fixed=(_size(state._replace(memory=())) + gradients) // fsdp
+        + _size(state.memory) // devices,
         activations=_residuals(model, state.params, rows, length) // devices,
     )
 
@@ -140,10 +143,11 @@ def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
         zeros = jnp.zeros((rows, length), jnp.int32)
         batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
         rngs = {"dropout": jax.random.key(0), "attention": jax.random.key(0)}
+        read = nothing_read(model, rows)
 
         def loss(learned):
-            params = merge(learned, measured)
-            losses = token_losses(model, params, batch, train=True, rngs=rngs)
+            params, past = merge(learned, measured), resume(model, read, batch)
+            losses = token_losses(model, params, batch, past, train=True, rngs=rngs)
             return jnp.mean(losses.nll) + losses.balance
 
         return jax.vjp(loss, learned)[1]

@@ -1,5 +1,6 @@
 """What a mechanism measures is replaced by every step and touched by nothing else."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -113,7 +114,7 @@ def test_statistics_of_a_sharded_batch_are_those_of_one_device(monkeypatch):
     model, optimizer = model_of(config, VOCAB), make_optimizer(config.optimizer, 100)
     state, step = start(config)
     mesh = make_mesh("data:4,fsdp:2")
-    init = lambda: init_state(model, optimizer, config)
+    init = partial(init_state, model, optimizer, config)
     place = state_shardings(mesh, jax.eval_shape(init))
     with jax.set_mesh(mesh):
         spread = jax.jit(init, out_shardings=place)()
