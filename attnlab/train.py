@@ -91,7 +91,8 @@ def announce(config: ConfigDict, mesh: Any) -> None:
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     log.info("devices: %s; mesh: %s; processes: %d", kind, sizes, jax.process_count())
     layers = list(dict.fromkeys(map(repr, mechanisms_of(config))))
-    log.info("attention: %s; position: %s", " + ".join(layers), config.position.name)
+    names = " + ".join(layers), config.position.name, config.normaliser.name
+    log.info("attention: %s; position: %s; normaliser: %s", *names)
 
 
 class Trainer:
