@@ -16,16 +16,16 @@ Entries = Sequence[Mapping[str, Any]]
 
 
 class Cost(NamedTuple):
-    """A column of numbers to plot quality against; ``better`` is the end that costs less."""
+    """A column of numbers to plot quality against."""
 
     key: str
+    title: str
     axis: str
-    better: str
 
 
-SPEED = Cost("tokens_per_second", "training speed, tokens per second", "right")
-FLOPS = Cost("attention_flops", "FLOPs of attention per training token", "left")
-STATE = Cost("decoding_bytes", "decoding memory of one sequence, bytes", "left")
+SPEED = Cost("tokens_per_second", "speed", "tokens per second in training, right is better")
+FLOPS = Cost("attention_flops", "FLOPs", "FLOPs of attention per training token, left is better")
+STATE = Cost("decoding_bytes", "decoding memory", "bytes for one sequence, left is better")
 
 
 def plot_costs(entries: Entries, path: Path) -> None:
@@ -79,13 +79,18 @@ def _scatter(axes: Any, entries: Entries, cost: Cost) -> tuple[Any, dict, dict]:
         style = style_of(i)
         axes.plot([x], [bits], ls="", color=style["color"], marker=style["marker"], ms=7, mew=0)
         points[entry["label"]], colours[entry["label"]] = (x, bits), style["color"]
-    axes.set(xlabel=f"{cost.axis} ({cost.better} is better)", ylabel="bits per byte, test")
+    _name(axes, f"Quality against {cost.title}", cost.axis, "bits per byte")
     if points:
         axes.set_xscale("log")
         for side, values in zip("xy", zip(*points.values())):
             _widen(axes, side, values)
     _thousands(axes.xaxis)
     return axes, points, colours
+
+
+def _name(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, loc="left", fontsize=11, weight="bold")
 
 
 def _widen(axes: Any, side: str, values: Sequence[float]) -> None:
@@ -120,26 +125,27 @@ def _context(axes: Any, entries: Entries) -> None:
         room = 0.06 * (max(late) - min(late)) or 0.01
         axes.set_ylim(min(late) - room, max(late) + room)
     _doubling(axes)
-    axes.set(xlabel="tokens in sight", ylabel="bits per token, test")
+    _name(axes, "Does more context help?", "tokens in sight", "bits per token")
 
 
 def _recall(axes: Any, entries: Entries) -> None:
-    absent: list[float] = []
+    absent, highest = [], []
     for i, entry in enumerate(entries):
         if found := entry.get("needle"):
             x = [row["distance"] for row in found["distances"]]
             y = [row["accuracy"] for row in found["distances"]]
             axes.plot(x, y, label=entry["label"], **_line(i))
             absent.append(found["absent"]["accuracy"])
+            highest += y
     if absent:
         chance = sum(absent) / len(absent)
         axes.axhline(chance, color="#8c8c8c", ls=":", lw=1.2)
         place = axes.get_yaxis_transform()
-        note = {"color": "#6f6f6f", "fontsize": 8, "ha": "right", "va": "bottom"}
-        axes.text(0.995, chance, "nothing planted", transform=place, **note)
-        axes.set_ylim(bottom=0)
+        note = {"color": "#6f6f6f", "fontsize": 8, "ha": "left", "va": "bottom"}
+        axes.text(0.005, chance, "nothing planted", transform=place, **note)
+        axes.set_ylim(0, max(0.25, 1.08 * max(highest)))
     _doubling(axes)
-    axes.set(xlabel="distance of the planted string, tokens", ylabel="share recalled")
+    _name(axes, "Recall of a planted string", "its distance in tokens", "share recalled")
 
 
 def _line(i: int) -> dict[str, Any]:

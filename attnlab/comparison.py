@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -157,9 +157,7 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
                 number(entry.get("parameters")),
                 _short(entry.get("attention_flops")),
                 _short(entry.get("decoding_bytes"), "B"),
-                ", ".join(_growth(growth[k]) for k in ("time", "memory", "state")) or "–"
-                if growth
-                else "–",
+                ", ".join(map(_growth, growth.values())) or "–",
             ]
         )
     return rows
@@ -196,7 +194,7 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
     plot_context(entries, folder / "context.png")
     plot_recall(entries, folder / "recall.png")
     replace_file(folder / "comparison.md", markdown(result).encode())
-    write_page(folder / "comparison.html", f"{folder.name}: comparison", _page(result, folder))
+    write_page(folder / "comparison.html", f"{folder.name}: comparison", _page(result, folder), 80)
 
 
 def title_of(result: Mapping[str, Any]) -> str:
@@ -216,80 +214,93 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [f"# Comparison\n\n{title_of(result)}.\n", _markdown_table(COLUMNS, rows)]
     if bad := failures(result):
         parts.append(_markdown_table(("entry", "state", "why"), bad))
-    contexts, recalls = curves(result)
-    if contexts:
-        parts.append(f"## Bits per token by tokens in sight, test\n\n{_markdown_table(*contexts)}")
-    if recalls:
-        parts.append(f"## Recall by distance\n\n{_markdown_table(*recalls)}")
+    for section in sections(result):
+        shown = _markdown_table(section.head, section.rows)
+        parts.append(f"## {section.title}\n\n{section.note}\n\n{shown}")
     parts += [f"- {note}\n" for note in result["notes"]]
     parts.append(f"```sh\n{shlex.join(result['command'])}\n```\n")
     return "\n".join(parts)
 
 
-def curves(result: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(head, rows) of the loss by context and of the recall by distance; None where unmeasured."""
-    done = [e for e in result["entries"] if e.get("test")]
-    contexts = recalls = None
+class Section(NamedTuple):
+    """A table of curves: one row a mechanism."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def sections(result: Mapping[str, Any]) -> list[Section]:
+    """The loss by context and the recall by distance, as far as they were measured."""
+    done = [entry for entry in result["entries"] if entry.get("test")]
+    planted = [entry for entry in done if entry["needle"]]
+    found = []
     if done:
-        lows = [row["low"] for row in done[0]["test"]["loss_by_context"]]
-        contexts = (
-            ["mechanism", *(f"{low:,}" for low in lows)],
-            [
-                [e["label"], *(f"{r['bits_per_token']:.3f}" for r in e["test"]["loss_by_context"])]
-                for e in done
-            ],
+        head = [f"{row['low']:,}" for row in done[0]["test"]["loss_by_context"]]
+        rows = [
+            [e["label"], *(f"{r['bits_per_token']:.3f}" for r in e["test"]["loss_by_context"])]
+            for e in done
+        ]
+        note = "Bits per token of held-out text, by tokens in sight, from the number above on."
+        found.append(Section("Does more context help?", note, ["mechanism", *head], rows))
+    if planted:
+        about = planted[0]["needle"]
+        distances = [f"{row['distance']:,}" for row in about["distances"]]
+        head = ["mechanism", *distances, "absent"]
+        what = (
+            f"{about['string_bytes']} random letters stand in held-out text and are begun again at "
+            f"the end of the window, so many tokens later; {about['samples']} windows. "
         )
-    if planted := [e for e in done if e["needle"]]:
-        distances = [f"{row['distance']:,}" for row in planted[0]["needle"]["distances"]]
-        recalls = (
-            ["mechanism", *distances, "absent"],
-            [
-                [e["label"], *(f"{row['accuracy']:.3f}" for row in _recall_rows(e["needle"]))]
+        for title, key, note in (
+            ("Recall of a planted string", "accuracy", "Share of its second half predicted right, "
+             "given the first. Absent: nothing was planted, so this is chance."),
+            ("Bits for a planted string", "bits_per_byte", "Bits per byte of the second half; who "
+             f"knows nothing but the alphabet needs {about['guessing_bits_per_byte']:.2f}."),
+        ):  # fmt: skip
+            rows = [
+                [e["label"], *(f"{row[key]:.3f}" for row in _recall_rows(e["needle"]))]
                 for e in planted
-            ],
-        )
-    return contexts, recalls
+            ]
+            found.append(Section(title, what + note, head, rows))
+    return found
+
+
+MEANING = (
+    "Bits per byte of held-out documents, lower is better; the interval is a bootstrap over "
+    "documents, which moves together for all. Recall: share of the second half of a planted "
+    "random string that is predicted right, at the nearest and the farthest distance. Tokens per "
+    "second: median over training steps. Peak memory: of the device, or of the whole process "
+    "on a CPU. Attention FLOPs: per training token, forward and backward, counted. Decoding: "
+    "bytes of state for one sequence of the training length. The last column is the declared "
+    "growth in the length N."
+)
 
 
 def _page(result: Mapping[str, Any], folder: Path) -> list[str]:
-    contexts, recalls = curves(result)
     bad = failures(result)
     options = [
         [e["label"], plain({k: v for k, v in e["attention"].items() if k != "name"}) or "–"]
         for e in result["entries"]
     ]
-    guess = next((e["needle"] for e in result["entries"] if e.get("needle")), None)
     body = [
         "<h1>Comparison</h1>",
         f"<p>{html.escape(title_of(result))}.</p>",
         f'<div class="wide">{table(COLUMNS, table_rows(result))}</div>',
-        '<p class="note">Bits per byte of held-out documents, lower is better; the interval is a '
-        "bootstrap over documents and moves together for all. Recall: share of the second half of "
-        "a planted random string that is predicted right, at the nearest and the farthest "
-        "distance. Tokens per second: median over training steps. Peak memory: of the device, or "
-        "of the process on a CPU. Attention FLOPs: per training token, forward and backward, "
-        "counted. Decoding: bytes of state for one sequence of the training length. The last "
-        "column is the declared growth in the length N.</p>",
+        f'<p class="note">{MEANING}</p>',
         *([table(("entry", "state", "why"), bad)] if bad else []),
         *(f"<p>{html.escape(note)}</p>" for note in result["notes"]),
         image(folder / "comparison.png"),
         "<h2>Quality against cost</h2>",
         image(folder / "costs.png"),
-        "<h2>Does more context help?</h2>",
-        image(folder / "context.png"),
     ]
-    if contexts:
-        body += ['<p class="note">Bits per token by tokens in sight, from the number above.</p>']
-        body += [f'<div class="wide">{table(*contexts)}</div>']
-    body += ["<h2>Recall of a planted string</h2>", image(folder / "recall.png")]
-    if recalls and guess:
-        body += [
-            f'<p class="note">{guess["string_bytes"]} random letters stand in held-out text and '
-            "are begun again at the end of the window; the share of the second half that is "
-            f"predicted right, {guess['samples']} windows. Absent: nothing was planted, which is "
-            "chance.</p>",
-            f'<div class="wide">{table(*recalls)}</div>',
-        ]
+    pictures = {"Does": "context.png", "Recall": "recall.png"}
+    for section in sections(result):
+        body.append(f"<h2>{section.title}</h2>")
+        if picture := pictures.get(section.title.partition(" ")[0]):
+            body.append(image(folder / picture))
+        body.append(f'<p class="note">{section.note}</p>')
+        body.append(f'<div class="wide">{table(section.head, section.rows)}</div>')
     shared = [[name, plain(fields)] for name, fields in result["shared"].items()]
     facts = [[k, plain(v)] for k, v in result["environment"].items() if v]
     return [
@@ -315,7 +326,14 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _short(value: float | None, unit: str = "") -> str:
-    return "–" if value is None else f"{format_power(value)}{unit}"
+    return "–" if value is None else _with_unit(format_power(value), unit)
+
+
+def _with_unit(text: str, unit: str) -> str:
+    """1.5k, or 1.5 kB."""
+    if not unit:
+        return text
+    return f"{text[:-1]} {text[-1]}{unit}" if text[-1].isalpha() else f"{text} {unit}"
 
 
 def _growth(exponent: float) -> str:

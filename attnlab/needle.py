@@ -41,7 +41,7 @@ class Needles(NamedTuple):
 
 
 def choose_distances(length: int, longest: int) -> list[int]:
-    """Powers of two from `SHORTEST`, and the farthest that a window of ``length`` tokens holds,
+    """Powers of four from `SHORTEST`, and the farthest that a window of ``length`` tokens holds,
     for strings of at most ``longest`` tokens. Raises `UserError` where there is room for none."""
     farthest = length - 1 - longest
     first = max(SHORTEST, longest)
@@ -49,7 +49,7 @@ def choose_distances(length: int, longest: int) -> list[int]:
         raise UserError(
             f"length={length}: a string of {longest} tokens needs at least {first + longest + 1}"
         )
-    powers = [2**e for e in range(farthest.bit_length()) if first <= 2**e < farthest]
+    powers = [4**e for e in range(farthest.bit_length()) if first <= 4**e < farthest]
     return [*powers, farthest]
 
 

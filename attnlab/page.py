@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,27 @@ from typing import Any
 from attnlab.files import replace_file
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; margin: .5rem 0 } td, th { padding: .2rem .9rem .2rem 0;
        text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } tr.own td { font-weight: 600 }
 pre { background: #f6f6f4; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
 img { max-width: 100% } .note { color: #666 } .wide { overflow-x: auto }
+.wide td, .wide th { white-space: nowrap }
 """
 
+NUMBER = re.compile(r"[\d,]+(\.\d+)?(e\+\d+)?[kMGT]?( [kMGT]?B)?")
+"""A number, perhaps with a decimal prefix or bytes as its unit."""
 
-def write_page(path: Path, title: str, body: Sequence[str]) -> None:
-    """Writes one HTML file that needs nothing but itself; ``body`` holds HTML, ``title`` text."""
+
+def write_page(path: Path, title: str, body: Sequence[str], width: int = 60) -> None:
+    """Writes one HTML file that needs nothing but itself, at most ``width`` rem wide; ``body``
+    holds HTML, ``title`` text."""
+    style = f"{STYLE}body {{ max-width: {width}rem }}\n"
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
+        f"<title>{html.escape(title)}</title><style>{style}</style></head><body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
@@ -76,4 +82,4 @@ def image(path: Path) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text == "–" or text.replace(",", "").replace(".", "").replace("e+", "").isdigit()
+    return text == "–" or bool(NUMBER.fullmatch(text))

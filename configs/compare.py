@@ -2,7 +2,7 @@
 
 attnlab compare --config=configs/compare.py --attention=softmax,window --workdir=runs/compared
 
-Keys after the colon: machine (cpu: 2,048 bytes, 0.7 M parameters; gpu: 8,192 bytes, 25 M
+Keys after the colon: machine (cpu: 2,048 bytes, 0.46 M parameters; gpu: 8,192 bytes, 26 M
 parameters, bfloat16), position, corpus.
 """
 
@@ -30,21 +30,21 @@ def get_config(arg: str | None = None):
 
 def _cpu(config):
     config.task.length = 2048
-    config.task.batch = 4
+    config.task.batch = 2
     config.model.width = 128
-    config.model.layers = 3
+    config.model.layers = 2
     config.optimizer.warmup = 20
-    config.train.steps = 200
-    config.train.eval_every = 50
-    config.train.save_every = 100
-    config.evaluate.batch = 4
-    config.evaluate.tokens = 65536
+    config.train.steps = 180
+    config.train.eval_every = 60
+    config.train.save_every = 60
+    config.evaluate.batch = 2
+    config.evaluate.tokens = 32768
 
 
 def _gpu(config):
     config.task.corpus = "sympy"
     config.task.length = 8192
-    config.task.batch = 16
+    config.task.batch = 8
     config.model.width = 512
     config.model.layers = 8
     config.model.heads = 8
@@ -52,8 +52,8 @@ def _gpu(config):
     config.model.dtype = "bfloat16"
     config.optimizer.learning_rate = 0.01
     config.optimizer.warmup = 50
-    config.train.steps = 600
-    config.train.eval_every = 200
-    config.train.save_every = 300
+    config.train.steps = 300
+    config.train.eval_every = 100
+    config.train.save_every = 150
     config.evaluate.batch = 8
     config.evaluate.tokens = 2**20
