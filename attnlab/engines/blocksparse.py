@@ -87,6 +87,7 @@ def by_position(keys: Keys, block: int) -> Keys:
     ``block``, which numbers it: ⌈M / block⌉ blocks suffice for any packing. Returns [B M' ...] with
     M' = ⌈M / block⌉ block.
     """
+    keys = jax.tree.map(jnp.asarray, keys)
     B, M = keys.pos.shape
     here = jnp.arange(0, M, block)
     first = keys.pos[:, here] // block * block  # the position at which the block begins
