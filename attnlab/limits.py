@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, position_of
+from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, normaliser_of, position_of
 from attnlab.errors import UserError, did_you_mean
 from attnlab.tasks import names as task_names
 
@@ -40,7 +40,9 @@ def validate(config: ConfigDict) -> None:
     _check_ranges(config)
     _check_sizes(config)
     _check_carrying(config)
-    position_of(config).validate(architecture_of(config).dims)
+    dims = architecture_of(config).dims
+    position_of(config).validate(dims)
+    normaliser_of(config).validate(dims, config.model.causal)
 
 
 def _check_choices(config: ConfigDict) -> None:

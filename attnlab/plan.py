@@ -102,7 +102,7 @@ def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int
     need = e.fixed + e.activations
     rows = [
         ("config", f"attention {config.attention.name}, position {config.position.name}, "
-         f"{model.layers} layers of width {model.width}"),
+         f"normaliser {config.normaliser.name}, {model.layers} layers of width {model.width}"),
         ("parameters", f"{sum(e.parameters.values()):,}: embedding "
          f"{e.parameters['embedding']:,}, each layer {per_layer}"
          + (f"; {e.measured:,} more are measured" if e.measured else "")),

@@ -29,7 +29,7 @@ from attnlab.evaluate import Stopped, score_split
 from attnlab.files import replace_file
 from attnlab.metrics import Writer
 from attnlab.optimizer import make_optimizer, make_schedule
-from attnlab.progress import Progress
+from attnlab.progress import Progress, peak_memory
 from attnlab.sharding import batch_sharding, make_mesh, put, state_shardings
 from attnlab.signals import Signals
 from attnlab.step import State, init_state, make_step
@@ -91,7 +91,8 @@ def announce(config: ConfigDict, mesh: Any) -> None:
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     log.info("devices: %s; mesh: %s; processes: %d", kind, sizes, jax.process_count())
     layers = list(dict.fromkeys(map(repr, mechanisms_of(config))))
-    log.info("attention: %s; position: %s", " + ".join(layers), config.position.name)
+    names = " + ".join(layers), config.position.name, config.normaliser.name
+    log.info("attention: %s; position: %s; normaliser: %s", *names)
 
 
 class Trainer:
@@ -174,7 +175,8 @@ class Trainer:
                 batches.close()
             self.profile(None)
         self.save()
-        self.writer.write(step, **{"train/seconds": time.monotonic() - clock})
+        numbers = {"train/seconds": time.monotonic() - clock, "train/peak_bytes": peak_memory()}
+        self.writer.write(step, **numbers)
 
     def batches(self, step: int) -> Any:
         """This process's rows of the batches from a step on."""
