@@ -4,6 +4,7 @@ Everything here is checked before data are opened or anything is compiled. What 
 a position can know about itself, it says itself when it is built.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -11,7 +12,6 @@ from ml_collections import ConfigDict
 
 from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, normaliser_of, position_of
 from attnlab.errors import UserError, did_you_mean
-from attnlab.refusals import key_of
 from attnlab.tasks import names as task_names
 
 POSITIVE = (
@@ -103,18 +103,19 @@ def _check_sizes(config: ConfigDict) -> None:
 
 def _check_carrying(config: ConfigDict) -> None:
     """What memory that is handed on from batch to batch asks of the rows."""
-    carrying = [key_of(m) for m in mechanisms_of(config) if m.carries]
-    if not carrying:
+    names = itertools.cycle(config.attention.name.split("+"))
+    name = next((name for m, name in zip(mechanisms_of(config), names) if m.carries), None)
+    if name is None:
         return
     if config.task.packing != "stream":
         raise UserError(
-            f"task.packing={config.task.packing}: attention {carrying[0]} carries its memory from "
+            f"task.packing={config.task.packing}: attention {name} carries its memory from "
             "batch to batch, so a row must read on where it stopped; use task.packing=stream"
         )
     stride, length = config.evaluate.stride, config.evaluate.length or config.task.length
     if stride not in (0, length):
         raise UserError(
-            f"evaluate.stride={stride}: attention {carrying[0]} carries its memory from window to "
+            f"evaluate.stride={stride}: attention {name} carries its memory from window to "
             f"window, which read every token once; use 0 or the length, {length}"
         )
 

@@ -50,7 +50,7 @@ class Scores:
         return sum(size for _, _, size in self.documents)
 
     def summary(self) -> dict[str, Any]:
-        """The numbers that `attnlab.evaluate` defines; the interval is a bootstrap over documents."""
+        """What `attnlab.evaluate` defines; the interval is a bootstrap over documents."""
         nats, size = self.nats, self.bytes
         if not size:
             raise DataError("nothing to score: the split holds no bytes")

@@ -1,4 +1,4 @@
-"""A window whose newest keys are handed on from batch to batch: the smallest mechanism that carries."""
+"""A window whose newest keys are handed on from batch to batch: the least that can carry."""
 
 from dataclasses import dataclass
 
