@@ -37,7 +37,7 @@ def relative_error(mechanism, params, queries, keys):
 
 def test_linformer_with_identity_projections_is_softmax():
     queries, keys = tokens(24)
-    eye = np.eye(24, dtype=np.float32)
+    eye = jnp.eye(24)
     params = {"keys": eye, "values": eye}
     assert relative_error(Linformer(rank=24, max_length=24), params, queries, keys) < 1e-5
 

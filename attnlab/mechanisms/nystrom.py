@@ -24,8 +24,8 @@ class Nystrom(Mechanism):
     Q̃, K̃ are the means over m = ``landmarks`` stretches of ⌈L/m⌉ tokens of a document of L tokens.
     A⁺ takes ``steps`` of Z ← ¼ Z (13 I − A Z (15 I − A Z (7 I − A Z))) from Z = Aᵀ / (‖A‖₁ ‖A‖∞),
     with the norms of each document and head apart. Few steps regularise: with m well below L the
-    exact inverse is worse. conv is a learned depthwise convolution over ``kernel`` tokens (0: none).
-    F and B hold every token, so no mask can make the product causal.
+    exact inverse is worse. conv is a learned depthwise convolution over ``kernel`` tokens (0 for
+    none). F and B hold every token, so no mask can make the product causal.
     Shapes: queries [B N H D], keys [B N G D], values [B N G E] -> [B N H E].
     Cost: O(N m (D + E) + steps m³) time a document of a row, O(N m) memory. Raises `UserError` for
     landmarks < 1, steps < 1, kernel < 0 or even and, when called, for causal rules, biased
@@ -37,7 +37,6 @@ class Nystrom(Mechanism):
     kernel: int = 33
 
     cost = Cost(time=1, memory=1, state=1)
-    isotropic = True
 
     def __post_init__(self):
         if self.landmarks < 1 or self.steps < 1 or self.kernel < 0:
