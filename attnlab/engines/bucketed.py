@@ -13,7 +13,7 @@ A token meets itself only where it meets nothing else: with one vector for query
 logit is always the largest. Source: Kitaev et al., arXiv 2001.04451.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -108,8 +108,7 @@ def sort_tokens(queries: Queries, *labels: Array) -> tuple[Array, ...]:
     shape = labels[0].shape
     index, age = jnp.broadcast_to(index[:, None], shape), jnp.broadcast_to(age, shape)
     *found, _, order = lax.sort((*labels, age, index), num_keys=len(labels) + 1)
-    _, rank = lax.sort((order, index), num_keys=1)
-    return (*found, order, rank)
+    return (*found, order, jnp.argsort(order, -1))
 
 
 def _search(rows: Array, values: Array, side: str = "left") -> Array:
@@ -159,7 +158,7 @@ def local_logits(rule: Rule, q: Array, k: Array, q_pos: Array, k_pos: Array) -> 
         head, q, k, q_pos, k_pos = xs
         z = rule.product(q[:, None], k[:, None])[:, 0]
         alike = jnp.broadcast_to(q[:, None], (q.shape[0], H, *q.shape[1:]))
-        bias = rule.bias(alike, q_pos, k_pos)
+        bias = jnp.asarray(rule.bias(alike, q_pos, k_pos))
         return z + jnp.broadcast_to(bias, (z.shape[0], H, *z.shape[1:]))[:, head]
 
     return lax.map(one, (jnp.arange(H), q, k, q_pos, k_pos))
@@ -193,7 +192,7 @@ def _folded(z: Array, reach: Reach) -> Array:
         jnp.pad(part, [*spread, (i, many - 1 - i), (0, 0), (0, 0)])
         for i, part in enumerate(jnp.split(z, many, 3))
     )
-    return sum(parts)[:, :, reach.before : reach.before + T]
+    return reduce(jnp.add, parts)[:, :, reach.before : reach.before + T]
 
 
 def _heads_first(z: Array) -> Array:
@@ -242,8 +241,9 @@ def _tiles(reach: Reach, rule: Rule, q, k, v, tokens, codes: Array, plan: Plan) 
     return _Tiles(*map(_heads_first, (q, k, v)), q_pos, k_pos, seen, often)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan: Plan):
+def _unite(
+    reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan: Plan
+) -> tuple[Array, Array]:
     """Heads first [B H N X] in and out, ``out`` f32; see `attend`."""
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -274,7 +274,7 @@ def _attend(reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan
 
 
 def _forward(reach, rule, q, k, v, tokens, plan):
-    out, lse = _attend(reach, rule, q, k, v, tokens, plan)
+    out, lse = _unite(reach, rule, q, k, v, tokens, plan)
     return (out, lse), (rule, q, k, v, tokens, plan, out, lse)
 
 
@@ -290,7 +290,9 @@ def _backward(reach, residuals, cotangents):
     def add_round(carry, plan_r):
         B, H, T, _ = plan_r.token.shape
         t = _tiles(reach, rule, q, k, v, tokens, plan.code, plan_r)
-        z, pull = jax.vjp(lambda *z: local_logits(*z, t.q_pos, t.k_pos), rule, t.q, t.k)
+        z, pull = jax.vjp(
+            lambda rule, q, k: local_logits(rule, q, k, t.q_pos, t.k_pos), rule, t.q, t.k
+        )
         rows = _heads_first(_placed(of_rows, plan_r.token))
         do = _heads_first(_placed(d_out.astype(v.dtype), plan_r.token))
         p = jnp.where(t.seen, jnp.exp(z - t.often - rows[..., :1]), 0.0)
@@ -312,4 +314,5 @@ def _backward(reach, residuals, cotangents):
     return d_rule, dq, dk, dv, None, None
 
 
+_attend = jax.custom_vjp(_unite, nondiff_argnums=(0,))
 _attend.defvjp(_forward, _backward)

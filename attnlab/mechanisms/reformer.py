@@ -77,7 +77,7 @@ class Reformer(Mechanism):
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         self._refuse(rule)
         queries, keys, buckets = self._hashed(queries, keys, key)
-        times = sum(self._meet(z, queries).astype(jnp.int32) for z in buckets)
+        times = jnp.stack([self._meet(z, queries) for z in buckets]).sum(0)
         out, lse, probs = union.attend(queries, keys, rule, times)
         return Result(out, state, {"lse": lse, "probs": probs})
 
