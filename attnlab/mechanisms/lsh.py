@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Mechanism, Result, count_pairs
-from attnlab.engines import bucketed, rings, union
+from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser
 from attnlab.registry import register
@@ -103,7 +103,7 @@ class Lsh(Mechanism):
         if state:
             out, state = rings.attend(state, queries, keys, rule, buckets)
             return Result(out, state)
-        plan, reach = bucketed.plan_runs(buckets, self.buckets, self.length, queries, rule.causal)
+        plan, reach = sorting.plan_runs(buckets, self.buckets, self.length, queries, rule.causal)
         out, lse = bucketed.attend(queries, keys, rule, plan, reach)
         return Result(out, state, {"lse": lse})
 

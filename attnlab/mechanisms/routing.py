@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Mechanism, Result, count_pairs
-from attnlab.engines import bucketed, rings, union
+from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser
 from attnlab.registry import register
@@ -110,7 +110,7 @@ class Routing(Mechanism):
         if state:
             out, state = rings.attend(state, queries, keys, rule, cluster[None])
             return Result(out, state)
-        plan, reach = bucketed.plan_runs(
+        plan, reach = sorting.plan_runs(
             cluster[None], self.clusters, self.length, queries, rule.causal
         )
         out, lse = bucketed.attend(queries, keys, rule, plan, reach)
