@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from attnlab.core import Array, Cost, Dims, Mechanism, Result, count_pairs
 from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.errors import UserError
-from attnlab.refusals import refuse_normaliser
+from attnlab.refusals import refuse_normaliser, refuse_taps
 from attnlab.registry import register
 
 
@@ -108,6 +108,7 @@ class Routing(Mechanism):
             return self.reference(params, queries, keys, rule)
         queries, keys, cluster, aux = self._routed(params, queries, keys)
         if state:
+            refuse_taps("routing with a state", rule)
             out, state = rings.attend(state, queries, keys, rule, cluster[None])
             return Result(out, state)
         plan, reach = sorting.plan_runs(
@@ -120,6 +121,7 @@ class Routing(Mechanism):
         refuse_normaliser("routing", rule)
         queries, keys, cluster, aux = self._routed(params, queries, keys)
         if state:
+            refuse_taps("routing with a state", rule)
             out, state = rings.attend(state, queries, keys, rule, cluster[None])
             return Result(out, state)
         met = union.meet(cluster, self.length, queries)
