@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, position_of
+from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, normaliser_of, position_of
 from attnlab.errors import UserError, did_you_mean
+from attnlab.refusals import key_of
 from attnlab.tasks import names as task_names
 
 POSITIVE = (
@@ -38,8 +39,10 @@ def validate(config: ConfigDict) -> None:
     _check_choices(config)
     _check_ranges(config)
     _check_sizes(config)
-    mechanisms_of(config)
-    position_of(config).validate(architecture_of(config).dims)
+    _check_carrying(config)
+    dims = architecture_of(config).dims
+    position_of(config).validate(dims)
+    normaliser_of(config).validate(dims, config.model.causal)
 
 
 def _check_choices(config: ConfigDict) -> None:
@@ -96,6 +99,24 @@ def _check_sizes(config: ConfigDict) -> None:
         )
     if not config.sample.top_p:
         raise UserError("sample.top_p=0.0: leaves no token to draw; 1.0 turns it off")
+
+
+def _check_carrying(config: ConfigDict) -> None:
+    """What memory that is handed on from batch to batch asks of the rows."""
+    carrying = [key_of(m) for m in mechanisms_of(config) if m.carries]
+    if not carrying:
+        return
+    if config.task.packing != "stream":
+        raise UserError(
+            f"task.packing={config.task.packing}: attention {carrying[0]} carries its memory from "
+            "batch to batch, so a row must read on where it stopped; use task.packing=stream"
+        )
+    stride, length = config.evaluate.stride, config.evaluate.length or config.task.length
+    if stride not in (0, length):
+        raise UserError(
+            f"evaluate.stride={stride}: attention {carrying[0]} carries its memory from window to "
+            f"window, which read every token once; use 0 or the length, {length}"
+        )
 
 
 def _divisors(number: int) -> list[int]:

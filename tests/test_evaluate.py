@@ -17,13 +17,14 @@ from attnlab.config import model_of
 from attnlab.data.tokenizers import ByteTokenizer
 from attnlab.decode import extend
 from attnlab.errors import DataError, UserError
-from attnlab.evaluate import Scores, Stopped, cut_windows, evaluate, score, score_split
+from attnlab.evaluate import Scores, Stopped, evaluate, score, score_split
 from attnlab.main import main
 from attnlab.model import initial_memory
 from attnlab.runs import open_run
 from attnlab.sharding import batch_sharding, make_mesh
 from attnlab.step import init_params
 from attnlab.tasks.text import Evaluated
+from attnlab.windows import cut_windows
 
 TEXTS = [b"a quick brown fox", b"", b"jumps over the lazy dog, and then some more of it" * 2, b"z"]
 
