@@ -9,6 +9,7 @@ that is not yet divided, so that a segment may end anywhere in a call.
 Source: Bulatov et al., arXiv 2207.06881.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -60,8 +61,9 @@ def asked(params: Any, rule: Rule, k: Array) -> Array:
 
 
 def content(rule: Rule) -> Rule:
-    """The same scale and cap, and no positions."""
-    return Rule(scale=rule.scale, soft_cap=rule.soft_cap)
+    """The same scale, cap and scaling of queries, and no positions."""
+    bare = Rule()
+    return dataclasses.replace(rule, params={}, position=bare.position, patterns=(), taps=())
 
 
 def read(
@@ -78,8 +80,9 @@ def read(
         z = jnp.pad(z, pad, constant_values=fill)
         return jnp.moveaxis(z.reshape(B, -1, size, *z.shape[2:]), 1, 0)
 
-    q, k, v = (tiled(z.astype(jnp.float32)) for z in (queries.cleared().q, *keys.cleared()[:2]))
     plain = content(rule)
+    q = plain.rotate(queries.cleared().q, queries.pos, "query")
+    q, k, v = (tiled(z.astype(jnp.float32)) for z in (q, *keys.cleared()[:2]))
     start = start_of(params, B)
     carry = carry._replace(slots=either(carry.seg >= 0, carry.slots, start))
 

@@ -111,12 +111,13 @@ class RecurrentMemory(Mechanism):
         slots, block, after = _token_by_token(params, keys, rule, before)
         asking, here = queries._replace(seg=block), _in_blocks(keys, block, before)
         bare, H = dataclasses.replace(rule, taps=()), queries.q.shape[2]
-        q = queries.cleared().q.astype(jnp.float32)
+        content = memory_slots.content(rule)
+        q = content.rotate(queries.cleared().q, queries.pos, "query").astype(jnp.float32)
 
         def heads(z: Array) -> Array:
             return jnp.repeat(z.astype(jnp.float32), H // z.shape[-2], -2)
 
-        read = jax.vmap(memory_slots.content(rule).product, 1, 2)  # one token after the other
+        read = jax.vmap(content.product, 1, 2)  # one token after the other
         z = read(q[..., None, :], jnp.swapaxes(slots.k, 2, 3))[..., 0, :]
         z = jnp.concatenate([z, bare.logits(asking, here)], -1)
         seen = jnp.broadcast_to((block >= 0)[:, None, :, None], (*z.shape[:3], self.slots))
