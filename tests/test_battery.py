@@ -10,8 +10,9 @@ from battery import (
     isolation,
     taps,
     transforms,
+    weighing,
 )
-from battery.cases import first_of_each, key_of, one_each, pairs
+from battery.cases import first_of_each, key_of, one_each, pairs, weighed, weighed_in_turn
 from battery.refusal import verify
 
 ALWAYS = (
@@ -48,6 +49,18 @@ FIRST = (
 )
 """Checked on the first example of every mechanism, with the positions in turn; on all its examples
 when slow tests are selected."""
+
+WEIGHED = (
+    causality.check_causality,
+    continuation.check_extension,
+    isolation.check_packing,
+    isolation.check_empty_slots,
+    isolation.check_keys_all_hidden,
+    experiment.check_learning,
+    experiment.check_shift,
+)
+"""Checked on the first example of every mechanism with every normaliser when slow tests are
+selected."""
 
 HOSTS = ("softmax", "window")
 """The mechanisms with which every position is always checked."""
@@ -88,6 +101,18 @@ def test_first(check, case):
 )
 @pytest.mark.parametrize("check", ALWAYS[:2], ids=promise)
 def test_every_pair(check, case):
+    verify(check, case)
+
+
+@pytest.mark.parametrize("case", cases(weighed(), weighed_in_turn()))
+def test_normalisers(case):
+    verify(weighing.check_weighing, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(weighed(), []))
+@pytest.mark.parametrize("check", WEIGHED, ids=promise)
+def test_normalisers_further(check, case):
     verify(check, case)
 
 

@@ -1,5 +1,7 @@
 """The fast form computes the equations: outputs and every gradient, at any length and precision."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +46,9 @@ def check_limit(case: Case) -> None:
     limit = case.mechanism.limit(37)
     if limit is None:
         return
-    limited = Case(limit, case.position, case.causal)
+    limited = replace(case, mechanism=limit)
     inputs = draw(limited, length=37)._replace(params=initial(limited))
-    everything = Case(Softmax(), case.position, case.causal)
+    everything = replace(case, mechanism=Softmax())
     wanted = quick_outputs(everything, inputs, "reference")
     assert_close(quick_outputs(limited, inputs), wanted)
 

@@ -8,7 +8,7 @@ import pytest
 
 from attnlab.core import positions
 from battery.calls import attend, cotangent_of, evaluate
-from battery.cases import Case, bidirectional, draw, key_of
+from battery.cases import SOFTMAX, Case, bidirectional, draw, key_of
 
 
 def verify(check: Callable[[Case], None], case: Case) -> None:
@@ -48,8 +48,9 @@ def check_refusal(case: Case, message: str) -> None:
     cannot be combined with; and some case of the mechanism is accepted."""
     assert "\n" not in message
     assert key_of(case.mechanism) in message, message
-    named = case.place in message or ("causal" if case.causal else "bidirectional") in message
-    assert named, f"{message!r} names neither the position nor the direction"
+    unusual = [case.weighing] * (case.normaliser != SOFTMAX)
+    named = (case.place, "causal" if case.causal else "bidirectional", *unusual)
+    assert any(word in message for word in named), f"{message!r} names none of {named}"
     for form in ("fast", "reference"):
         inputs = draw(case)
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
