@@ -34,7 +34,7 @@ def base(
                 "name": "text",
                 "corpus": "kjv",  # a name of `attnlab list corpora`, text:GLOB or tfds:NAME
                 "tokenizer": "bytes",  # or bpe:SIZE
-                "packing": "packed",
+                "packing": "packed",  # "stream" is chosen where the attention carries its memory
                 "length": 512,  # tokens of a training sequence
                 "batch": 16,  # sequences of an optimizer step, over all devices
                 "fallback": "",  # a corpus to use, with a notice, when `corpus` cannot be fetched
@@ -97,6 +97,8 @@ def base(
     config.attention = section(mechanisms, attention)
     config.position = section(positions, position)
     config.normaliser = section(normalisers, normaliser)
+    if any(mechanism.carries for mechanism in mechanisms_of(config)):
+        config.task.packing = "stream"
     return config.lock()
 
 

@@ -47,6 +47,29 @@ def generate(line: Line) -> int | None:
     return generate(**line.flags)
 
 
+def compare(line: Line) -> int | None:
+    workdir = line.need("workdir", "runs/compared")
+    attention = line.need("attention", "softmax,window")
+    line.need("config", "configs/compare.py")
+    own = [(path, text) for path, text in line.overrides if _of_attention(path)]
+    line.overrides = [pair for pair in line.overrides if pair not in own]
+    config = _config(line)
+    import jax
+
+    from attnlab.compare import compare
+
+    # The runs have processes of their own, which need the memory of the accelerator to themselves.
+    jax.config.update("jax_platforms", "cpu")
+    return compare(config, attention, workdir, own, ["attnlab", *line.typed])
+
+
+def needle(line: Line) -> int | None:
+    line.need("workdir", "runs/first")
+    from attnlab.needle import needle
+
+    return needle(**line.flags)
+
+
 def plan(line: Line) -> int | None:
     config = _config(line)
     from attnlab.plan import plan
@@ -116,6 +139,34 @@ COMMANDS = {
             "top_k": Flag("draw from the K likeliest; 0 = off", int, "K"),
             "top_p": Flag("draw from the likeliest that sum to P; 1 = off", float, "P"),
             "seed": Flag("of the draws", int, "N"),
+            **STEP,
+        },
+    ),
+    "compare": Command(
+        compare,
+        "Train several mechanisms under the same data, model and optimizer, one process after "
+        "another, and report quality against cost. The same command goes on where it was stopped. "
+        "An entry is what config.attention takes, with a label before = where one name is not "
+        "enough: --attention=softmax,narrow=window,wide=window "
+        "--config.attention.wide.window=1024 sets a field of the entry, or of the part of a "
+        "pattern, that is called wide.",
+        {
+            **CONFIG,
+            "attention": Flag("the entries, such as softmax,window,window+softmax", example="LIST"),
+            "workdir": Flag(
+                "directory of the comparison; each entry has its own in it", example="DIR"
+            ),
+        },
+        configured=True,
+    ),
+    "needle": Command(
+        needle,
+        "Plant a random string in held-out text and measure how well a run recalls it.",
+        {
+            **WORKDIR,
+            "length": Flag("tokens of a window; default that of training", int, "N"),
+            "samples": Flag("windows per distance (default 32)", int, "S"),
+            "seed": Flag("of texts and strings", int, "N"),
             **STEP,
         },
     ),
@@ -209,6 +260,10 @@ def _prepare() -> None:
     from attnlab.data.places import data_dir
 
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(data_dir() / "compiled"))
+
+
+def _of_attention(path: str) -> bool:
+    return path == "attention" or path.startswith("attention.")
 
 
 def _config(line: Line):

@@ -9,7 +9,27 @@ from typing import Any
 from attnlab.files import replace_file
 
 GREYS = ("#8c8c8c", "#6f6f6f", "#525252")
-COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#7a4e9e", "#3b3b3b")
+COLOURS = (
+    "#1b6ca8",
+    "#d1495b",
+    "#2e933c",
+    "#edae49",
+    "#7a4e9e",
+    "#3b3b3b",
+    "#1aa5a0",
+    "#e2762f",
+    "#8c5a3c",
+    "#d67bb1",
+    "#93a31c",
+    "#74b3e3",
+)
+DASHES, MARKERS = ("-", (0, (4, 1.5)), (0, (1.2, 1.2))), ("o", "s", "^")
+
+
+def style_of(i: int) -> dict[str, Any]:
+    """Colour, dash and marker of line ``i``: 36 that can be told apart."""
+    turn = i // len(COLOURS) % len(DASHES)
+    return {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[turn], "marker": MARKERS[turn]}
 
 
 def _axes(width: float = 8, height: float = 4.2):
@@ -22,7 +42,8 @@ def _axes(width: float = 8, height: float = 4.2):
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, dpi=130, format="png")
     replace_file(path, content.getvalue())
@@ -42,14 +63,14 @@ def plot_training(
     figure, axes = _axes()
     shown: list[float] = list((baselines or {}).values())
     for i, (name, rows) in enumerate(runs.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        look = style_of(i)
         for key, style in (
             ("train/bits_per_byte", {"lw": 1, "alpha": 0.55}),
             ("validation/bits_per_byte", {"lw": 1.5, "marker": "o", "ms": 4}),
         ):
             if points := _points(rows, key):
                 label = f"{name}: " * (len(runs) > 1) + key.partition("/")[0]
-                axes.plot(*zip(*points), color=colour, label=label, **style)
+                axes.plot(*zip(*points), color=look["color"], label=label, **style)
                 shown += [y for _, y in points]
     for (name, bits), grey in zip((baselines or {}).items(), GREYS):
         axes.axhline(bits, color=grey, ls="--", lw=1)
@@ -67,20 +88,20 @@ def plot_training(
         axes.legend(frameon=False, loc="upper right")
     else:
         axes.text(0.5, 0.5, "no step was measured", ha="center", transform=axes.transAxes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_contexts(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Mean bits per token against the number of tokens in sight, one curve per name; rows as
+    """Mean bits per token against the number of tokens read before, one curve per name; rows as
     `evaluate.Scores.summary` gives them (``low``, ``high``, ``bits_per_token``)."""
     figure, axes = _axes()
     for i, (name, rows) in enumerate(curves.items()):
         # The middle of [low, high) on a log scale; one more, because context 0 has a place too.
         x = [((r["low"] + 1) * r["high"]) ** 0.5 for r in rows]
         y = [r["bits_per_token"] for r in rows]
-        axes.plot(x, y, marker="o", color=COLOURS[i % len(COLOURS)], label=name)
+        axes.plot(x, y, label=name, **style_of(i))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="tokens in sight", ylabel="bits per token")
+    axes.set(xlabel="tokens read before", ylabel="bits per token")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,6 +1,5 @@
 """What a run leaves to be read: scores, a sample, ``loss.png`` and a one-page ``report.html``."""
 
-import base64
 import html
 import json
 import shlex
@@ -16,19 +15,9 @@ from attnlab.errors import DataError, UserError
 from attnlab.evaluate import format_scores, score_split
 from attnlab.files import read_json, replace_file, write_json
 from attnlab.metrics import read_metrics
+from attnlab.page import count, image, number, plain, table, write_page
 from attnlab.plots import plot_contexts, plot_training
 from attnlab.workdir import Workdir
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; }
-h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; margin: .5rem 0 } td, th { padding: .2rem .9rem .2rem 0;
-       text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } tr.own td { font-weight: 600 }
-pre { background: #f6f6f4; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
-img { max-width: 100% } .note { color: #666 }
-"""
 
 
 def finish(
@@ -96,11 +85,11 @@ def write_report(
         f"<h1>{html.escape(run.path.name)}: {html.escape(config.attention.name)}, "
         f"{html.escape(config.position.name)}, {html.escape(config.normaliser.name)}</h1>",
         f"<p><b>{own} bits per byte</b>{interval} on "
-        f"{_count(test['documents'], 'held-out document')} of "
+        f"{count(test['documents'], 'held-out document')} of "
         f"{html.escape(str(test['corpus']))} ({test['bytes']:,} bytes), after "
-        f"{_count(test['step'], 'step')} of {config.task.batch} × {config.task.length} tokens: "
+        f"{count(test['step'], 'step')} of {config.task.batch} × {config.task.length} tokens: "
         f"{tokens:,} in all.</p>",
-        _table(
+        table(
             ["", "held-out bytes alone", "appended to the training text"],
             [
                 *(
@@ -114,15 +103,15 @@ def write_report(
         '<p class="note">Bits per byte; lower is better. The model has read the training text, so '
         "the fair reading of a compressor is the second.</p>",
         "<h2>Training</h2>",
-        _image(run.path / "loss.png"),
+        image(run.path / "loss.png"),
         "<h2>Sample</h2>",
         f"<pre>{html.escape(sample.decode(errors='replace'))}</pre>",
         "<h2>Does more context help?</h2>",
-        _image(run.path / "context.png"),
-        _table(
+        image(run.path / "context.png"),
+        table(
             ["measure", "validation", "test"],
             [
-                [name, *(_number(results[s][key]) for s in ("validation", "test"))]
+                [name, *(number(results[s][key]) for s in ("validation", "test"))]
                 for name, key in (
                     ("bits per byte", "bits_per_byte"),
                     ("perplexity per token", "token_perplexity"),
@@ -137,21 +126,15 @@ def write_report(
         "<h2>How it was made</h2>",
         f"<pre>{html.escape(shlex.join(attempts[-1]['command']))}</pre>",
         f"<p>Changed from the defaults: <code>{html.escape('; '.join(changed))}</code></p>",
-        _table(["data", ""], [[k, _plain(v)] for k, v in data.items() if v]),
-        _table(
+        table(["data", ""], [[k, plain(v)] for k, v in data.items() if v]),
+        table(
             ["environment", ""],
-            [[k, _plain(v)] for k, v in attempts[-1].items() if k not in ("command", "overrides")],
+            [[k, plain(v)] for k, v in attempts[-1].items() if k not in ("command", "overrides")],
         ),
         f"<details><summary>Whole config</summary><pre>"
         f"{html.escape(json.dumps(config.to_dict(), indent=2))}</pre></details>",
     ]
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(run.path.name)}</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
-    replace_file(run.path / "report.html", page.encode())
+    write_page(run.path / "report.html", run.path.name, body)
 
 
 COLUMNS = (
@@ -241,47 +224,3 @@ def _write_comparison(out: Path, rows: Sequence[Sequence[str]], runs: Sequence[W
             replace_file(out, text.encode())
     except OSError as error:
         raise UserError(f"cannot write --out={out}: {error.strerror}") from None
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], own: int = -1) -> str:
-    """HTML of a table in which row ``own`` stands out; columns of numbers are set to the right."""
-    numeric = [i > 0 and all(_is_number(row[i]) for row in rows) for i in range(len(head))]
-
-    def line(tag: str, cells: Sequence[str], mark: str = "") -> str:
-        marked = (
-            f"<{tag}{' class=n' if numeric[i] else ''}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr{mark}>{''.join(marked)}</tr>"
-
-    lines = (line("td", row, " class=own" * (i == own)) for i, row in enumerate(rows))
-    return f"<table>{line('th', head)}{''.join(lines)}</table>"
-
-
-def _is_number(text: str) -> bool:
-    return text == "–" or text.replace(",", "").replace(".", "").replace("e+", "").isdigit()
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' * (number != 1)}"
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.4f}" if value < 1e6 else f"{value:.3e}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{k} {_plain(v)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    return f"{value:,}" if type(value) is int else str(value)
-
-
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'

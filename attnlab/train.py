@@ -29,7 +29,7 @@ from attnlab.evaluate import Stopped, score_split
 from attnlab.files import replace_file
 from attnlab.metrics import Writer
 from attnlab.optimizer import make_optimizer, make_schedule
-from attnlab.progress import Progress
+from attnlab.progress import Progress, peak_memory
 from attnlab.sharding import batch_sharding, make_mesh, put, state_shardings
 from attnlab.signals import Signals
 from attnlab.step import State, init_state, make_step
@@ -110,7 +110,8 @@ class Trainer:
         self.rows = batch_sharding(mesh, config.task.batch)
         start = partial(init_state, self.model, optimizer, config)
         self.shapes = jax.eval_shape(start)
-        self.shardings = state_shardings(mesh, self.shapes)
+        rows = jax.tree.map(lambda _: self.rows, self.shapes.memory)
+        self.shardings = state_shardings(mesh, self.shapes)._replace(memory=rows)
         self.start = jax.jit(start, out_shardings=self.shardings)
         self.step = jax.jit(
             make_step(self.model, optimizer, config),
@@ -174,7 +175,8 @@ class Trainer:
                 batches.close()
             self.profile(None)
         self.save()
-        self.writer.write(step, **{"train/seconds": time.monotonic() - clock})
+        numbers = {"train/seconds": time.monotonic() - clock, "train/peak_bytes": peak_memory()}
+        self.writer.write(step, **numbers)
 
     def batches(self, step: int) -> Any:
         """This process's rows of the batches from a step on."""
@@ -234,7 +236,10 @@ class Trainer:
         """
         policy, bad = self.config.train.on_nan, step - 1 + self.shift
         file = self.keep_batch(bad)
-        what = f"step {step}: loss {loss}, gradient norm {norm}; batch kept in {file}"
+        what = f"step {step}: loss {loss}, gradient norm {norm}"
+        if math.isfinite(loss) and math.isfinite(norm):
+            what += ", but what the attention keeps is not finite"
+        what += f"; batch kept in {file}"
         numbers = {"train/bad_loss": loss, "train/bad_grad_norm": norm}
         self.skipped += 1
         if policy == "skip" and self.skipped <= SKIPS:

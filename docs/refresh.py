@@ -31,7 +31,7 @@ def refreshed(text: str) -> str:
 
 def parts() -> dict[str, str]:
     """What stands between the markers, by their name."""
-    example = (ROOT / "docs" / "examples" / "strided.py").read_text(encoding="utf-8")
+    example = (ROOT / "docs" / "examples" / "dilated.py").read_text(encoding="utf-8")
     return {
         "table:mechanisms": mechanism_table(),
         "table:positions": position_table(),
@@ -39,7 +39,7 @@ def parts() -> dict[str, str]:
         "table:configs": config_table(),
         "table:corpora": corpus_table(),
         "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
-        "code:strided": f"```python\n{example}```",
+        "code:dilated": f"```python\n{example}```",
         "modules:mechanisms": modules("attnlab.mechanisms", mechanisms.names()),
         "modules:positions": modules("attnlab.positions", positions.names()),
         "modules:normalisers": modules("attnlab.normalisers", normalisers.names()),

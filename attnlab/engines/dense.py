@@ -8,10 +8,13 @@ from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines import report_use
 
 
-def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Array]:
+def attend(
+    queries: Queries, keys: Keys, rule: Rule, among: Array | None = None
+) -> tuple[Array, Array, Array]:
     """weights(logits) v, row by row, softmax unless the rule says otherwise; a row with no visible
     key gives 0.
 
+    ``among``, bool and broadcastable to [B H N M], narrows what the rule allows, by content.
     Returns ``out`` [B N H E] in the dtype of the queries, ``lse`` [B H N] f32 (log-sum-exp of the
     logits whatever the normaliser, `MASK` for an empty row) and ``probs`` [B H N M] f32. Cost:
     O(N M) time and memory.
@@ -19,6 +22,9 @@ def attend(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Arra
     report_use("dense", "XLA")
     seen = rule.allowed(queries, keys)[:, None]
     z = rule.logits(queries, keys)
+    if among is not None:
+        seen = seen & among
+        z = jnp.where(seen, z, MASK)
     probs = rule.tap("probs", rule.weights(z, seen))
     out = mix(rule, probs, keys.cleared().v.astype(jnp.float32), queries.pos, keys.pos)
     return rule.tap("heads", out.astype(queries.q.dtype)), log_sum(z, seen), probs
