@@ -1,9 +1,9 @@
 """The experiment as data: sections, defaults, what they build, and what may not be.
 
-A config is a locked `ml_collections.ConfigDict`. Its `attention` and `position` sections are the
-fields of the chosen dataclasses, so a mechanism declares its options once, in its own file. Several
-mechanisms joined by ``+`` are a pattern over the layers, cycled from the first: with
-``attention=window+softmax`` the section holds one sub-section for each of the two.
+A config is a locked `ml_collections.ConfigDict`. Its `attention`, `position` and `normaliser`
+sections are the fields of the chosen dataclasses, so a mechanism declares its options once, in its
+own file. Several mechanisms joined by ``+`` are a pattern over the layers, cycled from the first:
+with ``attention=window+softmax`` the section holds one sub-section for each of the two.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from attnlab.core import Mechanism, Position, mechanisms, positions
+from attnlab.core import Mechanism, Normaliser, Position, mechanisms, normalisers, positions
 from attnlab.errors import UserError, did_you_mean
 from attnlab.literals import kind_of, parse, text_of
 from attnlab.registry import Registry
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from attnlab.model import Architecture, Transformer
 
 
-def base(attention: str = "softmax", position: str = "rope") -> ConfigDict:
+def base(
+    attention: str = "softmax", position: str = "rope", normaliser: str = "softmax"
+) -> ConfigDict:
     """The defaults that every config file starts from, and the whole schema."""
     config = ConfigDict(
         {
@@ -32,7 +34,7 @@ def base(attention: str = "softmax", position: str = "rope") -> ConfigDict:
                 "name": "text",
                 "corpus": "kjv",  # a name of `attnlab list corpora`, text:GLOB or tfds:NAME
                 "tokenizer": "bytes",  # or bpe:SIZE
-                "packing": "packed",
+                "packing": "packed",  # "stream" is chosen where the attention carries its memory
                 "length": 512,  # tokens of a training sequence
                 "batch": 16,  # sequences of an optimizer step, over all devices
                 "fallback": "",  # a corpus to use, with a notice, when `corpus` cannot be fetched
@@ -94,8 +96,18 @@ def base(attention: str = "softmax", position: str = "rope") -> ConfigDict:
     )
     config.attention = section(mechanisms, attention)
     config.position = section(positions, position)
+    config.normaliser = section(normalisers, normaliser)
+    if any(mechanism.carries for mechanism in mechanisms_of(config)):
+        config.task.packing = "stream"
     return config.lock()
 
+
+REGISTRIES: dict[str, Registry] = {
+    "attention": mechanisms,
+    "position": positions,
+    "normaliser": normalisers,
+}
+"""The sections that hold the fields of one registered dataclass, chosen by ``name``."""
 
 CHOICES = {
     "task.packing": ("packed", "stream"),
@@ -125,14 +137,11 @@ def section(registry: Registry, name: str) -> ConfigDict:
 def kinds(config: ConfigDict) -> dict[str, Any]:
     """The type of every field by dotted path: ``{"model.width": int, ...}``.
 
-    Types come from the annotations of the chosen mechanism and position, else from the value.
+    Types come from the annotations of the chosen dataclasses, else from the value.
     """
     found = {path: kind_of(value) for path, value in flat(config).items()}
-    chosen = {
-        "attention": (mechanisms, config.attention.name),
-        "position": (positions, config.position.name),
-    }
-    for path, (registry, pattern) in chosen.items():
+    for path, registry in REGISTRIES.items():
+        pattern = config[path].name
         for key, name in _parts(pattern).items():
             prefix = f"{path}.{key}" if "+" in pattern else path
             for field, kind in _hints(registry.get(name)).items():
@@ -157,6 +166,12 @@ def position_of(config: ConfigDict) -> Position:
     return positions.get(fields.pop("name"))(**fields)
 
 
+def normaliser_of(config: ConfigDict) -> Normaliser:
+    """The normaliser that `config.normaliser` describes."""
+    fields = config.normaliser.to_dict()
+    return normalisers.get(fields.pop("name"))(**fields)
+
+
 def architecture_of(config: ConfigDict) -> "Architecture":
     """`config.model` with its zeros resolved.
 
@@ -178,7 +193,11 @@ def model_of(config: ConfigDict, vocab_size: int) -> "Transformer":
     from attnlab.model import Transformer
 
     return Transformer(
-        architecture_of(config), vocab_size, mechanisms_of(config), position_of(config)
+        architecture_of(config),
+        vocab_size,
+        mechanisms_of(config),
+        position_of(config),
+        normaliser_of(config),
     )
 
 
@@ -228,11 +247,13 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str, where: str = "config.json") -> ConfigDict:
     """The config that `to_json` wrote, checked against today's schema.
 
+    One without a `normaliser` section, written when softmax was the only one, means softmax.
     Raises `UserError` if it is no JSON object or its fields are not those of this version.
     """
     try:
         stored = ConfigDict(json.loads(text))
-        config = base(stored.attention.name, stored.position.name)
+        stored.normaliser = stored.get("normaliser", {"name": "softmax"})
+        config = base(stored.attention.name, stored.position.name, stored.normaliser.name)
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{where}: {error}") from error

@@ -63,6 +63,15 @@ class Keys(NamedTuple):
             pos - 1,
         )
 
+    def ordered(self) -> tuple[Keys, Array]:
+        """The same tokens sorted by segment, then position, and where each came from: [B M]."""
+        order = jnp.lexsort((self.pos, self.seg))
+
+        def sort(z: Array) -> Array:
+            return jnp.take_along_axis(z, order.reshape(order.shape + (1,) * (z.ndim - 2)), 1)
+
+        return jax.tree.map(sort, self), order
+
     def extended(self, new: Keys) -> Keys:
         """These tokens followed by ``new`` ones."""
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1), self, new)
@@ -137,6 +146,9 @@ class Position:
     """`bias` is not None: only mechanisms that form logits can host it."""
     shared: ClassVar[bool] = False
     """One set of parameters serves all layers (and `embed`); otherwise each layer has its own."""
+    whole: ClassVar[bool] = False
+    """`row_bias` or `row_values` is not None: a query meets all its keys at once, so only
+    mechanisms that attend in a single pass can host it."""
 
     def init(self, key: Array, dims: Dims) -> Any:
         """Learned parameters of one layer (a pytree, ``{}`` when there are none)."""
@@ -158,21 +170,81 @@ class Position:
         """
         return None
 
+    def row_bias(
+        self, params: Any, z: Array, seen: Array, q: Array, q_pos: Array, k_pos: Array
+    ) -> Array | None:
+        """Added to the logits ``z`` [B H N M] of whole rows; [B H N M] f32, or None.
+
+        ``seen`` [B 1 N M] tells which keys count; ``z`` is finite and otherwise meaningless where
+        it is False. Keys stand in the order of their segments and positions. The rest as in `bias`.
+        """
+        return None
+
+    def row_values(self, params: Any, probs: Array, q_pos: Array, k_pos: Array) -> Array | None:
+        """Added to the output: [B N H E] f32 from the weights ``probs`` [B H N M] of whole rows, in
+        any order of the keys, or None."""
+        return None
+
     def validate(self, dims: Dims) -> None:
         """Raise `UserError` where the sizes make no sense for this module."""
+
+
+class Normaliser:
+    """Base of normalisers, which turn a row of logits into weights: frozen dataclasses whose fields
+    are their config schema. The defaults are those of softmax.
+
+    Three kinds: softmax of rescaled queries (`scale`), which every mechanism hosts; softmax of
+    which each row keeps a `share`; and any other function of a row (`whole`). Only the first kind
+    is ``separable``.
+    """
+
+    relative: ClassVar[bool] = True
+    """Weights do not change when every position grows by the same amount."""
+    separable: ClassVar[bool] = True
+    """Rows over different keys can be merged by their log-sum-exp: weights = exp(z − lse)."""
+    whole: ClassVar[bool] = False
+    """`weights` needs the whole row at once."""
+
+    def init(self, key: Array, dims: Dims) -> Any:
+        """Learned parameters of one layer (a pytree, ``{}`` when there are none)."""
+        return {}
+
+    def scale(self, params: Any, pos: Array, causal: bool) -> Array | None:
+        """What queries at ``pos`` [B N] are multiplied by: f32 [B N H] or [B N 1], or None."""
+        return None
+
+    def share(self, lse: Array) -> Array | None:
+        """The sum of a row's weights, which are otherwise those of softmax, from the log-sum-exp
+        of its logits [B H N]; None = 1."""
+        return None
+
+    def weights(self, params: Any, z: Array, seen: Array) -> Array:
+        """The definition, on whole rows of logits: f32 [B H N M], 0 where a key is not seen.
+
+        ``z`` [B H N M] f32 (of scaled queries), `MASK` where ``seen`` [B 1 N M] is False.
+        """
+        # Any shift gives the same result, so it has no gradient; that of a maximum is NaN when the
+        # compiler rounds the logits differently where it looks for the maximum again.
+        top = jax.lax.stop_gradient(jnp.max(z, -1, keepdims=True))
+        weight = jnp.where(seen, jnp.exp(z - top), 0.0)
+        total = jnp.sum(weight, -1, keepdims=True)
+        return weight / jnp.where(total > 0, total, 1.0)
+
+    def validate(self, dims: Dims, causal: bool) -> None:
+        """Raise `UserError` where the sizes or the direction make no sense for this module."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rule:
-    """How a query meets a key: the one place that scales, rotates, biases and masks.
+    """How a query meets a key: the one place that scales, rotates, biases, masks and normalises.
 
         logits = cap(scale q kᵀ) + bias,  seen iff  same segment ∧ (not causal ∨ pos_k <= pos_q) ∧
         every pattern
 
     with cap(z) = c tanh(z / c) when ``soft_cap`` c > 0. The mechanism calls the rule; the model
-    never rotates or masks. A pytree: ``params`` (of the position module) is traced, the rest is
-    static.
+    never rotates or masks. A pytree: ``params`` (of the position module) and ``normaliser_params``
+    are traced, the rest is static.
     """
 
     params: Any = dataclasses.field(default_factory=dict)
@@ -186,6 +258,10 @@ class Rule:
     taps: tuple[tuple[str, Callable[[Array], Array]], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
+    normaliser: Normaliser = dataclasses.field(
+        default_factory=lambda: _EXPONENTIAL, metadata={"static": True}
+    )
+    normaliser_params: Any = dataclasses.field(default_factory=dict)
 
     def restrict(self, pattern: Pattern) -> Rule:
         """The same rule, in which a key must also satisfy ``pattern``."""
@@ -204,9 +280,23 @@ class Rule:
         """A tap wants the whole [B H N M] array, so only a dense form can serve it."""
         return any(place in ("logits", "probs") for place, _ in self.taps)
 
+    @property
+    def whole(self) -> bool:
+        """A query must meet all its keys at once: its row is not a merger of parts."""
+        return self.normaliser.whole or self.position.whole
+
     def rotate(self, z: Array, pos: Array, side: str) -> Array:
-        """Queries or keys [B N heads D] as the position module turns them."""
-        return self.position.rotate(self.params, z, pos, side)
+        """Queries or keys [B N heads D] as the position module turns them; queries also as the
+        normaliser scales them."""
+        z = self.position.rotate(self.params, z, pos, side)
+        if side != "query":
+            return z
+        factor = self.normaliser.scale(self.normaliser_params, pos, self.causal)
+        return z if factor is None else (z * factor[..., None]).astype(z.dtype)
+
+    def weights(self, z: Array, seen: Array) -> Array:
+        """Whole rows of logits as the normaliser weighs them; see `Normaliser.weights`."""
+        return self.normaliser.weights(self.normaliser_params, z, seen)
 
     def bias(self, q: Array, q_pos: Array, k_pos: Array) -> Array | None:
         """The position module's addition to the logits; see `Position.bias`."""
@@ -246,13 +336,31 @@ class Rule:
         bias = self.bias(q, q_pos, k_pos)
         return z if bias is None else z + bias
 
+    def rows(self, q: Array, k: Array, seen: Array, q_pos: Array, k_pos: Array) -> Array:
+        """`biased` plus what the position module adds to whole rows, before any mask.
+
+        ``seen`` [B 1 N M]; keys are all there are, ordered if the position module is ``whole``.
+        """
+        z = self.biased(q, k, q_pos, k_pos)
+        if not self.position.whole:
+            return z
+        bias = self.position.row_bias(self.params, z, seen, q, q_pos, k_pos)
+        return z if bias is None else z + bias
+
     def logits(self, queries: Queries, keys: Keys) -> Array:
         """Rotate, product, bias, tap, mask: f32 [B H N M], `MASK` where a key is not seen."""
         queries, keys = queries.cleared(), keys.cleared()
+        back = None
+        if self.position.whole:
+            keys, order = keys.ordered()
+            back = jnp.argsort(order, -1)
         q = self.rotate(queries.q, queries.pos, "query").swapaxes(1, 2)
         k = self.rotate(keys.k, keys.pos, "key").swapaxes(1, 2)
-        z = self.tap("logits", self.biased(q, k, queries.pos, keys.pos))
-        return jnp.where(self.allowed(queries, keys)[:, None], z, MASK)
+        seen = self.allowed(queries, keys)[:, None]
+        z = self.rows(q, k, seen, queries.pos, keys.pos)
+        if back is not None:
+            z, seen = (jnp.take_along_axis(a, back[:, None, None], -1) for a in (z, seen))
+        return jnp.where(seen, self.tap("logits", z), MASK)
 
 
 @dataclass(frozen=True)
@@ -261,6 +369,14 @@ class Nowhere(Position):
 
 
 _NOWHERE = Nowhere()
+
+
+@dataclass(frozen=True)
+class Exponential(Normaliser):
+    """Softmax; the default of a bare `Rule`."""
+
+
+_EXPONENTIAL = Exponential()
 
 
 class Mechanism:
@@ -274,6 +390,9 @@ class Mechanism:
     carries: ClassVar[bool] = False
     """Training hands the state on from batch to batch (``task.packing=stream``): a memory longer
     than a batch's rows. The state must then tell documents apart by the segments it keeps."""
+    isotropic: ClassVar[bool] = True
+    """Queries and keys turned alike give the same outputs. False for feature maps, which act on
+    coordinates: with a position module that rotates, outputs then follow positions themselves."""
 
     @property
     def relative(self) -> bool:
@@ -348,3 +467,4 @@ class Mechanism:
 
 mechanisms: Registry[Mechanism] = Registry("attnlab.mechanisms", Mechanism)
 positions: Registry[Position] = Registry("attnlab.positions", Position)
+normalisers: Registry[Normaliser] = Registry("attnlab.normalisers", Normaliser)

@@ -2,6 +2,7 @@
 
 import codecs
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnlab.carry import carries
 from attnlab.core import MASK, Array
 from attnlab.errors import UserError
 from attnlab.model import Memory, Transformer, initial_memory
@@ -98,7 +100,8 @@ def stream_tokens(
     """Token ids after ``prompt`` [n], without end.
 
     At most ``context`` tokens are in sight: when they are used up, the newest half is read again as
-    if a text began there, since positions beyond the training length are not to be trusted. Raises
+    if a text began there, since positions beyond the training length are not to be trusted. A model
+    that is `endless` goes on from its memory instead and reads every token once. Raises
     `UserError`, at once and not at the first token, for an empty or too long prompt, an id that
     the model does not have, or a sampling setting out of range.
     """
@@ -109,6 +112,14 @@ def stream_tokens(
     return _stream(model, params, list(map(int, prompt)), context, settings, jax.random.key(seed))
 
 
+def endless(model: Transformer) -> bool:
+    """Whether a text may outgrow the length of training: no layer keeps all keys, and later
+    positions either look like earlier ones or were trained, on rows that read on."""
+    memory = jax.eval_shape(lambda: initial_memory(model.architecture, model.mechanisms, 1, 1))
+    relative = model.position.relative and all(m.relative for m in model.mechanisms)
+    return all(past.keys is None for past in memory) and (relative or carries(model))
+
+
 def _stream(
     model: Transformer,
     params: Any,
@@ -117,7 +128,7 @@ def _stream(
     settings: tuple[Array, Array, Array],
     key: Array,
 ) -> Iterator[int]:
-    count = 0
+    count, full = 0, math.inf if endless(model) else context
 
     def read(tokens: list[int]):
         memory = initial_memory(model.architecture, model.mechanisms, 1, context)
@@ -128,7 +139,7 @@ def _stream(
         token = int(_draw(logits, jax.random.fold_in(key, count), *settings)[0])
         yield token
         count += 1
-        if len(seen) == context:
+        if len(seen) == full:
             seen = seen[-(context // 2) :] if context > 1 else []
             logits, memory = read([*seen, token])
         else:

@@ -3,125 +3,66 @@
 Each document is scored on its own, from its first token to its end mark. A window of ``length``
 tokens moves in strides of ``stride`` and scores the tokens that no earlier window has scored:
 ``stride = length`` is cheapest, smaller strides give every token more context, at least
-``length - stride`` tokens. The last window is moved back so that it is full. With S the sum of the
-negative log-likelihoods in nats over all tokens and end marks,
+``length - stride`` tokens. The last window is moved back so that it is full.
+
+A model that carries its memory from batch to batch is read as it was trained: the windows of a
+document follow each other, ``stride = length``, and each goes on from the memory that the one
+before it left; layers that carry nothing see their window. With S the sum of the negative
+log-likelihoods in nats over all tokens and end marks,
 
     bits per byte = S / (bytes ln 2),  perplexity per token = e^(S/tokens), per word = e^(S/words)
 
 so that ``bits per byte`` is the size of a real code and may be compared with compressors.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from attnlab.carry import carries, hand_on, nothing_read, resume
 from attnlab.errors import DataError, UserError
 from attnlab.files import write_json
 from attnlab.model import Transformer
+from attnlab.scores import Scores
 from attnlab.sharding import put
 from attnlab.step import token_losses
+from attnlab.windows import Line, in_lanes, side_by_side, stack
 
-BOOTSTRAP = 1000
+CONTEXTS = {
+    False: "reset at every document; boundary mark first; end marks are scored",
+    True: "memory handed on from window to window, reset at every document; boundary mark first; "
+    "end marks are scored",
+}
 
 
 class Stopped(Exception):
     """Scoring was told to stop before its end."""
 
 
-class Window(NamedTuple):
-    """Targets [start, stop) of a document, of which those from ``first`` on are scored."""
-
-    start: int
-    first: int
-    stop: int
-
-
-def cut_windows(targets: int, length: int, stride: int) -> Iterator[Window]:
-    """Windows that score each of ``targets`` tokens exactly once, ``stride`` by ``stride``."""
-    done = 0
-    while done < targets:
-        stop = min(done + (stride if done else length), targets)
-        yield Window(max(0, stop - length), done, stop)
-        done = stop
-
-
-@dataclass
-class Scores:
-    """Sums over the scored tokens. ``by_context`` and ``counts`` [length]: nats and tokens by how
-    many tokens of the window stand before the newest one that is seen."""
-
-    length: int
-    documents: list[tuple[str, float, int]] = field(default_factory=list)  # name, nats, bytes
-    tokens: int = 0
-    words: int = 0
-    by_context: np.ndarray = field(init=False)
-    counts: np.ndarray = field(init=False)
-
-    def __post_init__(self):
-        self.by_context = np.zeros(self.length)
-        self.counts = np.zeros(self.length, np.int64)
-
-    @property
-    def nats(self) -> float:
-        return math.fsum(nats for _, nats, _ in self.documents)
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for _, _, size in self.documents)
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers of the module's docstring; the interval is a bootstrap over documents."""
-        nats, size = self.nats, self.bytes
-        if not size:
-            raise DataError("nothing to score: the split holds no bytes")
-        return {
-            "bits_per_byte": nats / size / math.log(2),
-            "bits_per_byte_95": self._interval(),
-            "token_perplexity": _exp(nats / self.tokens),
-            "word_perplexity": _exp(nats / self.words) if self.words else None,
-            "nats": nats,
-            "tokens": self.tokens,
-            "bytes": size,
-            "words": self.words,
-            "documents": len(self.documents),
-            "loss_by_context": self._curve(),
-        }
-
-    def _interval(self) -> list[float] | None:
-        pairs = np.array([(nats, size) for _, nats, size in self.documents if size])
-        if len(pairs) < 2:
-            return None
-        draws = np.random.default_rng(0).integers(len(pairs), size=(BOOTSTRAP, len(pairs)))
-        nats, size = pairs[draws].sum(1).T
-        return [float(q) for q in np.quantile(nats / size / math.log(2), (0.025, 0.975))]
-
-    def _curve(self) -> list[dict[str, float]]:
-        """Mean bits per token for context sizes in [low, high), doubling."""
-        rows, low = [], 0
-        while low < self.length:
-            high = min(max(1, 2 * low), self.length)
-            if count := int(self.counts[low:high].sum()):
-                nats = float(self.by_context[low:high].sum())
-                bits = nats / count / math.log(2)
-                rows.append({"low": low, "high": high, "tokens": count, "bits_per_token": bits})
-            low = high
-        return rows
-
-
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def _losses(
-    model: Transformer, params: Any, batch: dict[str, jax.Array], out: NamedSharding | None
-) -> jax.Array:
-    nll = token_losses(model, params, batch)[0]
-    return nll if out is None else jax.lax.with_sharding_constraint(nll, out)
+    model: Transformer,
+    params: Any,
+    carried: Any,
+    batch: dict[str, jax.Array],
+    rows: NamedSharding | None,
+) -> tuple[jax.Array, Any]:
+    """Losses [B N], the same on every device, and what the next batch goes on from."""
+    losses = token_losses(model, params, batch, resume(model, carried, batch))
+    nll, carried = losses.nll, hand_on(model, losses.extras.memory, batch)
+    if rows is not None:
+        everywhere = NamedSharding(rows.mesh, PartitionSpec())
+        nll = jax.lax.with_sharding_constraint(nll, everywhere)
+        carried = jax.tree.map(lambda z: jax.lax.with_sharding_constraint(z, rows), carried)
+    return nll, carried
 
 
 def score(
@@ -141,31 +82,42 @@ def score(
 
     Cost: a forward pass over length / stride tokens for every token of the split. ``sharding``
     spreads the windows over devices; every process must then call. ``stop()`` is asked between
-    batches. Raises `UserError` for a stride outside 1..length, `DataError` for an empty split,
-    `Stopped`.
+    batches. Raises `UserError` for a stride outside 1..length, or below the length where memory is
+    carried, `DataError` for an empty split, `Stopped`.
     """
     if not 1 <= stride <= length:
         raise UserError(f"stride={stride} must lie between 1 and the length, {length}")
-    result, everywhere, share = Scores(length), None, slice(None)
+    result, share = Scores(length, carries(model)), slice(None)
+    if result.carried and stride < length:
+        raise UserError(
+            f"stride={stride}: this model carries its memory from window to window, which reads "
+            f"every token once; use the length, {length}"
+        )
+    lines = _lines(task.documents(split), task, tokens, result)
+    if result.carried:  # one document a row: no more rows than documents
+        first = list(itertools.islice(lines, batch))
+        lines, batch = itertools.chain(first, lines), max(1, len(first))
     if sharding is not None:
         batch = -(-batch // sharding.num_devices) * sharding.num_devices
-        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         part = batch // jax.process_count()
         share = slice(part * jax.process_index(), part * (jax.process_index() + 1))
-    rows = _rows(task.documents(split), task, length, stride, tokens, result)
-    while chunk := [row for _, row in zip(range(batch), rows)]:
+    if result.carried:
+        chunks = in_lanes(lines, length, batch)
+    else:
+        chunks = side_by_side(lines, length, stride, batch)
+    carried = jax.jit(nothing_read, static_argnums=(0, 1), out_shardings=sharding)(model, batch)
+    for chunk in chunks:
         if stop():
             raise Stopped
-        arrays: Any = _stack(chunk, length, batch)
+        arrays: Any = stack(chunk, length, batch, result.carried)
         if sharding is not None:
             arrays = put({name: z[share] for name, z in arrays.items()}, sharding)
-        nll = np.asarray(_losses(model, params, arrays, everywhere), np.float64)
-        for (index, window, _), values in zip(chunk, nll):
-            low, high = window.first - window.start, window.stop - window.start
-            name, nats, size = result.documents[index]
-            result.documents[index] = (name, nats + float(values[low:high].sum()), size)
-            result.by_context[low:high] += values[low:high]
-            result.counts[low:high] += 1
+        nll, carried = _losses(model, params, carried, arrays, sharding)
+        for piece, values in zip(chunk, np.asarray(nll, np.float64)):
+            if piece is not None:
+                start, first, end = piece.window
+                context = first if result.carried else first - start
+                result.add(piece.document, context, values[first - start : end - start])
     assert int(result.counts.sum()) == result.tokens
     if not result.tokens:
         raise DataError(f"nothing to score: the {split} split is empty")
@@ -198,10 +150,8 @@ def score_split(
     return describe_scores(scores, task, config, split, stride, step)
 
 
-def _rows(
-    documents: Iterable, task: Any, length: int, stride: int, limit: int, result: Scores
-) -> Iterator[tuple[int, Window, np.ndarray]]:
-    """Windows with the ids of their document, [boundary, tokens, boundary]; counts as it goes."""
+def _lines(documents: Iterable, task: Any, limit: int, result: Scores) -> Iterator[Line]:
+    """Ids of the documents, [boundary, tokens, boundary]; counts as it goes."""
     for document in documents:
         if limit and result.tokens >= limit:
             return
@@ -215,26 +165,7 @@ def _rows(
         result.documents.append((document.doc_id, 0.0, size))
         result.tokens += len(line) - 1
         result.words += words
-        for window in cut_windows(len(line) - 1, length, stride):
-            yield index, window, line
-
-
-def _stack(chunk: list, length: int, batch: int) -> dict[str, np.ndarray]:
-    """A full [batch, length] whatever is left, so that one program serves all."""
-    arrays = {name: np.zeros((batch, length), np.int32) for name in ("tokens", "targets")}
-    arrays["pos"] = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    arrays["seg"] = np.full((batch, length), -1, np.int32)
-    for row, (_, window, line) in enumerate(chunk):
-        n = window.stop - window.start
-        arrays["tokens"][row, :n] = line[window.start : window.stop]
-        arrays["targets"][row, :n] = line[window.start + 1 : window.stop + 1]
-        arrays["seg"][row, :n] = 1
-    return arrays
-
-
-def _exp(x: float) -> float | None:
-    """None where a float, and JSON, cannot hold it."""
-    return math.exp(x) if x < 700 else None
+        yield index, line
 
 
 def evaluate(
@@ -290,7 +221,8 @@ def describe_scores(
         "length": scores.length,
         "stride": stride,
         "trained_length": config.task.length,
-        "context": "reset at every document; boundary mark first; end marks are scored",
+        "context": CONTEXTS[scores.carried],
+        "carried": scores.carried,
         "dtype": config.model.dtype,
         "average": bool(config.optimizer.ema),
         **scores.summary(),
@@ -311,7 +243,8 @@ def format_scores(result: dict[str, Any]) -> str:
         f"{result['corpus']}, {result['split']} split: {result['documents']} documents, "
         f"{result['bytes']:,} bytes, step {result['step']}",
         f"window {result['length']}, stride {result['stride']} "
-        f"(trained on {result['trained_length']})",
+        f"(trained on {result['trained_length']})"
+        + (", memory handed on from window to window" if result["carried"] else ""),
         f"  bits per byte     {result['bits_per_byte']:.4f}{shown}",
         f"  token perplexity  {per_token:.4g}" if per_token else "  token perplexity  beyond e^700",
         f"  word perplexity   {words:.4g}" if words else "  word perplexity   no words or > e^700",

@@ -93,8 +93,13 @@ def describe_difference(saved: dict[str, Any], wanted: dict[str, Leaf]) -> str:
 
 def finite(state: Any) -> bool:
     """Whether no floating or complex leaf holds NaN or Inf: one jitted reduction, one bool back."""
+    return bool(all_finite(state))
+
+
+def all_finite(state: Any) -> jax.Array:
+    """`finite` as a bool array, also of a state that is traced."""
     leaves = [leaf.value for leaf in flatten_state(state).values()]
-    return bool(_all_finite([value for value in leaves if _is_inexact(value)]))
+    return _all_finite([value for value in leaves if _is_inexact(value)])
 
 
 def name_non_finite(state: Any) -> str:

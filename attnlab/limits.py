@@ -4,12 +4,13 @@ Everything here is checked before data are opened or anything is compiled. What 
 a position can know about itself, it says itself when it is built.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, position_of
+from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, normaliser_of, position_of
 from attnlab.errors import UserError, did_you_mean
 from attnlab.tasks import names as task_names
 
@@ -38,8 +39,10 @@ def validate(config: ConfigDict) -> None:
     _check_choices(config)
     _check_ranges(config)
     _check_sizes(config)
-    mechanisms_of(config)
-    position_of(config).validate(architecture_of(config).dims)
+    _check_carrying(config)
+    dims = architecture_of(config).dims
+    position_of(config).validate(dims)
+    normaliser_of(config).validate(dims, config.model.causal)
 
 
 def _check_choices(config: ConfigDict) -> None:
@@ -96,6 +99,25 @@ def _check_sizes(config: ConfigDict) -> None:
         )
     if not config.sample.top_p:
         raise UserError("sample.top_p=0.0: leaves no token to draw; 1.0 turns it off")
+
+
+def _check_carrying(config: ConfigDict) -> None:
+    """What memory that is handed on from batch to batch asks of the rows."""
+    names = itertools.cycle(config.attention.name.split("+"))
+    name = next((name for m, name in zip(mechanisms_of(config), names) if m.carries), None)
+    if name is None:
+        return
+    if config.task.packing != "stream":
+        raise UserError(
+            f"task.packing={config.task.packing}: attention {name} carries its memory from "
+            "batch to batch, so a row must read on where it stopped; use task.packing=stream"
+        )
+    stride, length = config.evaluate.stride, config.evaluate.length or config.task.length
+    if stride not in (0, length):
+        raise UserError(
+            f"evaluate.stride={stride}: attention {name} carries its memory from window to "
+            f"window, which read every token once; use 0 or the length, {length}"
+        )
 
 
 def _divisors(number: int) -> list[int]:

@@ -9,26 +9,26 @@ from typing import Any
 from attnlab.errors import UserError, did_you_mean
 from attnlab.literals import text_of
 
-CONFIGURED = {"mechanisms": "attention", "positions": "position"}
+CONFIGURED = {"mechanisms": "attention", "positions": "position", "normalisers": "normaliser"}
 """The registries whose choices have options, and the config section those options stand in."""
 
 KINDS = (*CONFIGURED, "tasks", "corpora")
 
 
 def show(what: str | None = None) -> None:
-    """Prints the tables of all kinds, of one kind, or the card of one mechanism or position.
+    """Prints the tables of all kinds, of one kind, or the card of one choice.
 
     Raises `UserError` for a name that is none of these.
     """
     if what in KINDS:
         _show_kind(what)
     elif what is not None:
-        print(_card(what))
+        print(_cards(what))
     else:
         for i, kind in enumerate(KINDS):
             print(f"{kind}:" if i == 0 else f"\n{kind}:")
             _show_kind(kind)
-        print("\nattnlab list NAME: the equations and options of a mechanism or position")
+        print("\nattnlab list NAME: its equations and options")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -59,15 +59,20 @@ def _show_kind(kind: str) -> None:
             print(table([(name, _summary(thing)) for name, thing in things.items()]))
 
 
-def _card(name: str) -> str:
-    """The docstring of a registered class and its options with their defaults."""
-    known = {n: (_registry(kind), kind) for kind in CONFIGURED for n in _registry(kind).names()}
-    if name not in known:
-        hint = did_you_mean(name, [*known, *KINDS])
-        raise UserError(f"nothing called {name!r} to list; {hint}")
-    registry, kind = known[name]
-    cls = registry.get(name)
-    key = CONFIGURED[kind]
+def _cards(name: str) -> str:
+    """The docstring of a registered class and its options with their defaults; of every class that
+    has this name, since softmax is a mechanism and a normaliser."""
+    kinds = [kind for kind in CONFIGURED if name in _registry(kind).names()]
+    if not kinds:
+        known = {n for kind in CONFIGURED for n in _registry(kind).names()}
+        raise UserError(
+            f"nothing called {name!r} to list; {did_you_mean(name, known.union(KINDS))}"
+        )
+    return "\n\n".join(_card(kind, name) for kind in kinds)
+
+
+def _card(kind: str, name: str) -> str:
+    cls, key = _registry(kind).get(name), CONFIGURED[kind]
     options = [f"--config.{key}.{f.name}={text_of(f.default)}" for f in dataclasses.fields(cls)]
     chosen = f"{key}={name}"
     return "\n".join([chosen, "", inspect.getdoc(cls) or "", "", *(options or ["no options"])])

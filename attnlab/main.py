@@ -178,9 +178,9 @@ COMMANDS = {
     ),
     "list": Command(
         list_known,
-        "What can be chosen: mechanisms, positions, tasks, corpora; or all about one NAME.",
+        "What can be chosen, of all kinds or of one; or all about one NAME.",
         {},
-        "[mechanisms|positions|tasks|corpora|NAME]",
+        "[mechanisms|positions|normalisers|tasks|corpora|NAME]",
     ),
     "data": Command(
         data, "Corpora: list them, get one, or describe one.", {}, "list|get|info [NAME]"

@@ -16,7 +16,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import Array, Dims, Keys, Mechanism, Position, Queries, Rule
+from attnlab.core import (
+    Array,
+    Dims,
+    Exponential,
+    Keys,
+    Mechanism,
+    Normaliser,
+    Position,
+    Queries,
+    Rule,
+)
 
 ACTIVATIONS = {"swiglu": nn.silu, "gelu": nn.gelu}
 
@@ -84,6 +94,7 @@ class Attention(nn.Module):
     architecture: Architecture
     mechanism: Mechanism
     position: Position
+    normaliser: Normaliser
 
     @nn.compact
     def __call__(self, x, pos, seg, position_params, memory, taps):
@@ -98,7 +109,15 @@ class Attention(nn.Module):
         keys = Keys(project("key", a.kv_heads), project("value", a.kv_heads), pos, seg)
         if position_params is None:
             position_params = self.param("position", self.position.init, a.dims)
-        rule = Rule(position_params, self.position, a.causal, taps=taps)
+        weighing = self.param("normaliser", self.normaliser.init, a.dims)
+        rule = Rule(
+            position_params,
+            self.position,
+            a.causal,
+            taps=taps,
+            normaliser=self.normaliser,
+            normaliser_params=weighing,
+        )
         params = self.param("mechanism", self.mechanism.init, a.dims)
         state = () if memory is None else memory.state
         if memory is not None and memory.keys is not None:
@@ -141,6 +160,7 @@ class Block(nn.Module):
     architecture: Architecture
     mechanism: Mechanism
     position: Position
+    normaliser: Normaliser
     train: bool
     taps: tuple
 
@@ -148,7 +168,7 @@ class Block(nn.Module):
     def __call__(self, x, pos, seg, position_params, memory):
         a = self.architecture
         drop = nn.Dropout(a.dropout, deterministic=not self.train)
-        attention = Attention(a, self.mechanism, self.position, name="attention")
+        attention = Attention(a, self.mechanism, self.position, self.normaliser, name="attention")
         z = nn.RMSNorm(dtype=a.dtype, name="attention_norm")(x)
         z, memory, aux = attention(z, pos, seg, position_params, memory, self.taps)
         x += drop(z)
@@ -163,6 +183,7 @@ class Backbone(nn.Module):
     vocab_size: int
     mechanisms: tuple[Mechanism, ...]
     position: Position
+    normaliser: Normaliser
 
     def setup(self):
         a = self.architecture
@@ -182,7 +203,9 @@ class Backbone(nn.Module):
         memory = memory or (None,) * len(self.mechanisms)
         block, after, aux = nn.remat(Block) if a.remat else Block, [], []
         for i, (mechanism, past) in enumerate(zip(self.mechanisms, memory)):
-            layer = block(a, mechanism, self.position, train, taps, name=f"layer_{i}")
+            layer = block(
+                a, mechanism, self.position, self.normaliser, train, taps, name=f"layer_{i}"
+            )
             x, past, extra = layer(x, pos, seg, shared, past)
             after.append(past)
             aux.append(extra)
@@ -200,10 +223,13 @@ class Transformer(nn.Module):
     vocab_size: int
     mechanisms: tuple[Mechanism, ...]
     position: Position
+    normaliser: Normaliser = Exponential()
 
     def setup(self):
         a = self.architecture
-        self.backbone = Backbone(a, self.vocab_size, self.mechanisms, self.position)
+        self.backbone = Backbone(
+            a, self.vocab_size, self.mechanisms, self.position, self.normaliser
+        )
         if not a.tied:
             self.head = _dense(self.vocab_size, 1.0, a.dtype, "head")
 
@@ -222,11 +248,14 @@ class Classifier(nn.Module):
     mechanisms: tuple[Mechanism, ...]
     position: Position
     classes: int
+    normaliser: Normaliser = Exponential()
 
     @nn.compact
     def __call__(self, tokens, pos, seg, *, train=False, taps=()):
         a = dataclasses.replace(self.architecture, causal=False)
-        backbone = Backbone(a, self.vocab_size, self.mechanisms, self.position, name="backbone")
+        backbone = Backbone(
+            a, self.vocab_size, self.mechanisms, self.position, self.normaliser, name="backbone"
+        )
         x, extras = backbone(tokens, pos, seg, train=train, taps=taps)
         full = (seg >= 0)[..., None]
         count = jnp.maximum(jnp.sum(full, 1), 1)

@@ -13,8 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from attnlab.config import CHOICES, base, flat, from_json, kinds, put, section
-from attnlab.core import mechanisms, positions
+from attnlab.config import CHOICES, REGISTRIES, base, flat, from_json, kinds, put, section
 from attnlab.errors import AttnlabError, UserError, did_you_mean
 from attnlab.literals import parse
 from attnlab.tasks import names as task_names
@@ -65,10 +64,10 @@ def load(spec: str) -> ConfigDict:
     if file.suffix == ".json":
         return from_json(file.read_text(encoding="utf-8"), path)
     config = _get_config(file, path, arg)
-    if not isinstance(config, ConfigDict) or not {"attention", "position"} <= set(config):
+    if not isinstance(config, ConfigDict) or not REGISTRIES.keys() <= set(config):
         kind = type(config).__name__
         raise UserError(f"{path}: get_config returned {kind}, not a config made from base()")
-    schema = base(config.attention.name, config.position.name)
+    schema = base(*(config[path].name for path in REGISTRIES))
     if strange := [p for p in flat(config) if p not in flat(schema)]:
         raise UserError(f"{path}: {unknown(schema, strange[0])}")
     if missing := [p for p in flat(schema) if p not in flat(config)]:
@@ -79,10 +78,11 @@ def load(spec: str) -> ConfigDict:
 def override(config: ConfigDict, path: str, text: str) -> None:
     """Sets the field at a dotted path to what `text` says, read by the field's type, in place.
 
-    A new ``attention`` or ``position`` name replaces its section by that dataclass's defaults.
+    A new ``attention``, ``position`` or ``normaliser`` name replaces its section by that
+    dataclass's defaults.
     Raises `UserError` for an unknown path, a value of the wrong type, or an illegal choice.
     """
-    for key, registry in (("attention", mechanisms), ("position", positions)):
+    for key, registry in REGISTRIES.items():
         if path in (key, f"{key}.name"):
             with config.unlocked():
                 config[key] = section(registry, text)

@@ -13,22 +13,27 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from attnlab import tasks
+from attnlab.carry import nothing_read, resume
 from attnlab.config import model_of
 from attnlab.errors import UserError
 from attnlab.limits import validate
 from attnlab.model import Transformer, initial_memory
 from attnlab.optimizer import make_optimizer
 from attnlab.sharding import batch_sharding, make_mesh
+from attnlab.statistics import merge, split
 from attnlab.step import init_state, token_losses
 
 
 class Estimate(NamedTuple):
-    """``parameters`` by part ("embedding", "layer_0", ..., whatever else the model has);
+    """Learned ``parameters`` by part ("embedding", "layer_0", ..., whatever else the model has);
+    numbers ``measured`` in training (see `attnlab.statistics`);
     ``matmul_flops`` and ``attention_flops`` of training per token (forward, and twice that for the
     backward pass); bytes of ``decoding`` memory per sequence of the training length; bytes on each
-    device that are ``fixed`` (parameters, gradients, optimizer) and of ``activations``."""
+    device that are ``fixed`` (parameters, gradients, optimizer, carried memory) and of
+    ``activations``."""
 
     parameters: dict[str, int]
+    measured: int
     matmul_flops: float
     attention_flops: float
     decoding: int
@@ -68,21 +73,23 @@ def estimate_cost(config: ConfigDict, vocab_size: int, devices: int = 1, fsdp: i
     a, mechanisms, length = model.architecture, model.mechanisms, config.task.length
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))
-    params = state.params
-    parts = {name: _count(part) for name, part in params["backbone"].items()}
-    parts |= {name: _count(part) for name, part in params.items() if name != "backbone"}
+    learned, measured = split(state.params)
+    parts = {name: _count(part) for name, part in learned["backbone"].items()}
+    parts |= {name: _count(part) for name, part in learned.items() if name != "backbone"}
     multiplied = sum(parts.values()) - (0 if a.tied else parts["embedding"])
     attention = sum(m.flops(a.dims, length, a.causal) for m in mechanisms) / length
     memory = jax.eval_shape(lambda: initial_memory(a, mechanisms, 1, length))
-    gradients = _size(params) * (2 if config.optimizer.accumulate > 1 else 1)
+    gradients = _size(learned) * (2 if config.optimizer.accumulate > 1 else 1)
     rows = config.task.batch // config.optimizer.accumulate
     return Estimate(
         parameters=parts,
+        measured=_count(measured),
         matmul_flops=6.0 * multiplied,
         attention_flops=3.0 * attention,
         decoding=_size(memory),
-        fixed=(_size(state) + gradients) // fsdp,
-        activations=_residuals(model, params, rows, length) // devices,
+        fixed=(_size(state._replace(memory=())) + gradients) // fsdp
+        + _size(state.memory) // devices,
+        activations=_residuals(model, state.params, rows, length) // devices,
     )
 
 
@@ -95,9 +102,10 @@ def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int
     need = e.fixed + e.activations
     rows = [
         ("config", f"attention {config.attention.name}, position {config.position.name}, "
-         f"{model.layers} layers of width {model.width}"),
+         f"normaliser {config.normaliser.name}, {model.layers} layers of width {model.width}"),
         ("parameters", f"{sum(e.parameters.values()):,}: embedding "
-         f"{e.parameters['embedding']:,}, each layer {per_layer}"),
+         f"{e.parameters['embedding']:,}, each layer {per_layer}"
+         + (f"; {e.measured:,} more are measured" if e.measured else "")),
         ("FLOPs", f"{_si(flops)} per training token (attention {e.attention_flops / flops:.1%}), "
          f"{_si(flops * step * steps)} for the run"),
         ("decoding", f"{_bytes(e.decoding)} per sequence of {task.length:,} tokens"),
@@ -129,18 +137,22 @@ def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
     With `remat`, one layer more, which the backward pass has open at a time.
     """
 
-    def backward(params):
+    learned, measured = split(params)
+
+    def backward(learned, measured):
         zeros = jnp.zeros((rows, length), jnp.int32)
         batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
         rngs = {"dropout": jax.random.key(0), "attention": jax.random.key(0)}
+        read = nothing_read(model, rows)
 
-        def loss(params):
-            nll, balance = token_losses(model, params, batch, train=True, rngs=rngs)
-            return jnp.mean(nll) + balance
+        def loss(learned):
+            params, past = merge(learned, measured), resume(model, read, batch)
+            losses = token_losses(model, params, batch, past, train=True, rngs=rngs)
+            return jnp.mean(losses.nll) + losses.balance
 
-        return jax.vjp(loss, params)[1]
+        return jax.vjp(loss, learned)[1]
 
-    kept = _size(jax.eval_shape(backward, params)) - _size(params)
+    kept = _size(jax.eval_shape(backward, learned, measured)) - _size(params)
     a = model.architecture
     if a.remat:
         plain = model.clone(architecture=dataclasses.replace(a, remat=False))

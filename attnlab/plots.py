@@ -92,7 +92,7 @@ def plot_training(
 
 
 def plot_contexts(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Mean bits per token against the number of tokens in sight, one curve per name; rows as
+    """Mean bits per token against the number of tokens read before, one curve per name; rows as
     `evaluate.Scores.summary` gives them (``low``, ``high``, ``bits_per_token``)."""
     figure, axes = _axes()
     for i, (name, rows) in enumerate(curves.items()):
@@ -102,6 +102,6 @@ def plot_contexts(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         axes.plot(x, y, label=name, **style_of(i))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="tokens in sight", ylabel="bits per token")
+    axes.set(xlabel="tokens read before", ylabel="bits per token")
     axes.legend(frameon=False)
     save_figure(figure, path)

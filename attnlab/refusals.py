@@ -6,7 +6,7 @@ anything is computed, whatever the caller.
 
 from collections.abc import Sequence
 
-from attnlab.core import Position, Rule
+from attnlab.core import Exponential, Position, Rule
 from attnlab.errors import UserError
 
 
@@ -49,4 +49,29 @@ def refuse_taps(name: str, rule: Rule) -> None:
 
 
 def refuse_normaliser(name: str, rule: Rule) -> None:
-    """Raises `UserError` if the rule normalises rows in a way that the mechanism cannot host."""
+    """Raises `UserError` if a query must meet all its keys at once, for a mechanism that merges
+    parts over different keys by their log-sum-exp.
+
+    Hosted: softmax and what only rescales the queries. Refused: every other normaliser, and every
+    position module that sees whole rows.
+    """
+    if not rule.normaliser.separable:
+        raise UserError(
+            f"attention {name} merges softmax over parts of the keys, so normaliser "
+            f"{key_of(rule.normaliser)} has no whole row to weigh; use softmax, ssmax or log_n"
+        )
+    if rule.position.whole:
+        raise UserError(
+            f"attention {name} merges parts of the keys, so position {key_of(rule.position)} has "
+            "no whole row to look at; use rope, alibi or none"
+        )
+
+
+def refuse_every_normaliser(name: str, rule: Rule) -> None:
+    """Raises `UserError` if the rule has any normaliser but softmax, for a mechanism that has no
+    row of logits to normalise."""
+    if type(rule.normaliser) is not Exponential and key_of(rule.normaliser) != "softmax":
+        raise UserError(
+            f"attention {name} has no row of logits, so normaliser {key_of(rule.normaliser)} has "
+            "nothing to weigh; use softmax"
+        )

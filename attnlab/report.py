@@ -75,7 +75,7 @@ def write_report(
 ) -> None:
     """``report.html`` in the workdir: one self-contained file."""
     test, attempts = results["test"], read_json(run.path / "run.json")["attempts"]
-    defaults = base(config.attention.name, config.position.name)
+    defaults = base(config.attention.name, config.position.name, config.normaliser.name)
     changed = diff(defaults, config) or ["nothing"]
     low_high = test["bits_per_byte_95"]
     interval = f" (95 % over documents: {low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
@@ -83,7 +83,7 @@ def write_report(
     own = f"{test['bits_per_byte']:.4f}"
     body = [
         f"<h1>{html.escape(run.path.name)}: {html.escape(config.attention.name)}, "
-        f"{html.escape(config.position.name)}</h1>",
+        f"{html.escape(config.position.name)}, {html.escape(config.normaliser.name)}</h1>",
         f"<p><b>{own} bits per byte</b>{interval} on "
         f"{count(test['documents'], 'held-out document')} of "
         f"{html.escape(str(test['corpus']))} ({test['bytes']:,} bytes), after "
@@ -137,7 +137,17 @@ def write_report(
     write_page(run.path / "report.html", run.path.name, body)
 
 
-COLUMNS = ("run", "attention", "position", "bits per byte", "95 %", "steps", "corpus", "window")
+COLUMNS = (
+    "run",
+    "attention",
+    "position",
+    "normaliser",
+    "bits per byte",
+    "95 %",
+    "steps",
+    "corpus",
+    "window",
+)
 SAME = ("corpus", "tokenizer", "length", "stride", "bytes")
 """Fields of test.json that make two scores comparable."""
 
@@ -160,6 +170,7 @@ def report(workdirs: Sequence[str], out: str | None = None) -> None:
                 run.path.name,
                 config["attention"]["name"],
                 config["position"]["name"],
+                config["normaliser"]["name"],
                 f"{test['bits_per_byte']:.4f}",
                 f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "–",
                 str(test["step"]),

@@ -9,18 +9,24 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from attnlab.carry import hand_on, nothing_read, resume
 from attnlab.core import Array
-from attnlab.model import Transformer
+from attnlab.leaves import all_finite
+from attnlab.model import Extras, Transformer
+from attnlab.statistics import advance, merge, split
 
 
 class State(NamedTuple):
-    """All that a checkpoint holds. ``step`` int32 counts batches seen; ``average`` is the
-    exponential moving average of the parameters, or () when it is off."""
+    """All that a checkpoint holds. ``step`` int32 counts batches seen; ``optimizer`` knows the
+    learned parameters only; ``average`` is the exponential moving average of the parameters, with
+    the statistics as they are, or () when it is off; ``memory`` what the next batch goes on from,
+    see `attnlab.carry`."""
 
     step: Array
     params: Any
     optimizer: Any
     average: Any
+    memory: Any
 
     @property
     def evaluated(self) -> Any:
@@ -40,19 +46,79 @@ def init_state(
     """The state before the first step."""
     params = init_params(model, config.seed)
     average = jax.tree.map(jnp.copy, params) if config.optimizer.ema else ()
-    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    memory = nothing_read(model, config.task.batch)
+    optimizer_state = optimizer.init(split(params)[0])
+    return State(jnp.zeros((), jnp.int32), params, optimizer_state, average, memory)
 
 
-def token_losses(model: Transformer, params: Any, batch: dict[str, Array], **options):
-    """Negative log-likelihood of every target in nats, f32 [B N], 0 in empty slots; and the sum of
-    the mechanisms' own loss terms."""
+class Losses(NamedTuple):
+    """``nll`` f32 [B N]: negative log-likelihood of every target in nats, 0 in empty slots;
+    ``balance``: the sum of the mechanisms' own loss terms; ``extras`` as the model gives them."""
+
+    nll: Array
+    balance: Array
+    extras: Extras
+
+
+def token_losses(
+    model: Transformer, params: Any, batch: dict[str, Array], memory: Any = None, **options: Any
+) -> Losses:
+    """What a batch loses under ``params``, continuing ``memory``; ``options`` of the model."""
     out: Any = model.apply(
-        {"params": params}, batch["tokens"], batch["pos"], batch["seg"], **options
+        {"params": params}, batch["tokens"], batch["pos"], batch["seg"], memory, **options
     )
     logits, extras = out
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
     balance = sum((aux["loss"] for aux in extras.aux if aux and "loss" in aux), jnp.zeros(()))
-    return jnp.where(batch["seg"] >= 0, nll, 0.0), balance
+    return Losses(jnp.where(batch["seg"] >= 0, nll, 0.0), balance, extras)
+
+
+class Kept(NamedTuple):
+    """What a batch leaves behind besides its gradient: the parameters that it ``measured`` and the
+    ``memory`` for the next one."""
+
+    measured: Any
+    memory: Any
+
+
+def make_gradient(model: Transformer, parts: int) -> Callable[..., tuple[Array, Any, Kept]]:
+    """The function (params, memory, batch, key) -> (loss, gradient of the learned parameters,
+    `Kept`), computed in ``parts``. Every part takes rows from all devices: row r of the batch, and
+    of the memory, belongs to part r mod parts."""
+
+    def loss(learned, measured, memory, batch, key, tokens):
+        dropout, attention = jax.random.split(key)
+        rngs = {"dropout": dropout, "attention": attention}
+        params, memory = merge(learned, measured), resume(model, memory, batch)
+        nll, balance, extras = token_losses(model, params, batch, memory, train=True, rngs=rngs)
+        kept = Kept(advance(measured, extras.aux), hand_on(model, extras.memory, batch))
+        nll = jnp.sum(nll) / tokens
+        return nll + balance / parts, (nll, kept)
+
+    def gradient(params, memory, batch, key):
+        learned, measured = split(params)
+        tokens = jnp.maximum(jnp.sum(batch["seg"] >= 0), 1)
+        slope = jax.value_and_grad(loss, has_aux=True)
+        if parts == 1:
+            (_, (nll, kept)), grads = slope(learned, measured, memory, batch, key, tokens)
+            return nll, grads, kept
+
+        def part(carry, i_and_rows):
+            (total, measured), (i, memory, rows) = carry, i_and_rows
+            key_i = jax.random.fold_in(key, i)
+            (_, (nll, kept)), grads = slope(learned, measured, memory, rows, key_i, tokens)
+            return (jax.tree.map(jnp.add, total, (nll, grads)), kept.measured), kept.memory
+
+        memory, rows = jax.tree.map(
+            lambda z: z.reshape(-1, parts, *z.shape[1:]).swapaxes(0, 1), (memory, batch)
+        )
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, learned))
+        total, memory = jax.lax.scan(part, (zero, measured), (jnp.arange(parts), memory, rows))
+        memory = jax.tree.map(lambda z: z.swapaxes(0, 1).reshape(-1, *z.shape[2:]), memory)
+        (nll, grads), measured = total
+        return nll, grads, Kept(measured, memory)
+
+    return gradient
 
 
 def make_step(
@@ -61,50 +127,32 @@ def make_step(
     """The function (state, batch) -> (state, metrics).
 
     The loss is the mean over the tokens of the whole batch, also when ``accumulate`` computes it in
-    parts. A step whose loss or gradient is not finite changes nothing but the step count. Metrics:
-    ``loss`` (nats per token), ``grad_norm``, ``finite``.
+    parts. Statistics (see `attnlab.statistics`) pass from part to part, each going on from what the
+    one before it measured, as they would in as many steps. A step whose loss, gradient, statistics
+    or memory are not finite changes nothing but the step count. Metrics: ``loss`` (nats per token),
+    ``grad_norm``, ``finite``.
     """
-    parts, decay = config.optimizer.accumulate, config.optimizer.ema
+    gradient = make_gradient(model, config.optimizer.accumulate)
+    decay = config.optimizer.ema
 
-    def loss(params, batch, key, tokens):
-        dropout, attention = jax.random.split(key)
-        rngs = {"dropout": dropout, "attention": attention}
-        nll, balance = token_losses(model, params, batch, train=True, rngs=rngs)
-        nll = jnp.sum(nll) / tokens
-        return nll + balance / parts, nll
-
-    def gradient(params, batch, key):
-        tokens = jnp.maximum(jnp.sum(batch["seg"] >= 0), 1)
-        slope = jax.value_and_grad(loss, has_aux=True)
-        if parts == 1:
-            (_, nll), grads = slope(params, batch, key, tokens)
-            return nll, grads
-
-        def part(total, i_and_rows):
-            i, rows = i_and_rows
-            (_, nll), grads = slope(params, rows, jax.random.fold_in(key, i), tokens)
-            return jax.tree.map(jnp.add, total, (nll, grads)), None
-
-        # Every part takes rows from all devices: row r of the batch belongs to part r mod parts.
-        rows = jax.tree.map(lambda z: z.reshape(-1, parts, *z.shape[1:]).swapaxes(0, 1), batch)
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(part, zero, (jnp.arange(parts), rows))[0]
-
-    def update(state: State, grads: Any) -> State:
-        updates, opt = optimizer.update(grads, state.optimizer, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+    def update(state: State, grads: Any, kept: Kept) -> State:
+        learned, _ = split(state.params)
+        updates, opt = optimizer.update(grads, state.optimizer, learned)
+        learned: Any = optax.apply_updates(learned, updates)
         average = state.average
         if decay:
             rate = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-            average = jax.tree.map(lambda a, p: rate * a + (1 - rate) * p, average, params)
-        return State(state.step, params, opt, average)
+            older = split(average)[0]
+            older = jax.tree.map(lambda a, p: rate * a + (1 - rate) * p, older, learned)
+            average = merge(older, kept.measured)
+        return State(state.step, merge(learned, kept.measured), opt, average, kept.memory)
 
     def step(state: State, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        nll, grads = gradient(state.params, batch, key)
+        nll, grads, kept = gradient(state.params, state.memory, batch, key)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(nll) & jnp.isfinite(norm)
-        state = jax.lax.cond(finite, update, lambda state, _: state, state, grads)
+        finite = jnp.isfinite(nll) & jnp.isfinite(norm) & all_finite(kept)
+        state = jax.lax.cond(finite, update, lambda old, *_: old, state, grads, kept)
         metrics = {"loss": nll, "grad_norm": norm, "finite": finite}
         return state._replace(step=state.step + 1), metrics
 

@@ -91,7 +91,8 @@ def announce(config: ConfigDict, mesh: Any) -> None:
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     log.info("devices: %s; mesh: %s; processes: %d", kind, sizes, jax.process_count())
     layers = list(dict.fromkeys(map(repr, mechanisms_of(config))))
-    log.info("attention: %s; position: %s", " + ".join(layers), config.position.name)
+    names = " + ".join(layers), config.position.name, config.normaliser.name
+    log.info("attention: %s; position: %s; normaliser: %s", *names)
 
 
 class Trainer:
@@ -109,7 +110,8 @@ class Trainer:
         self.rows = batch_sharding(mesh, config.task.batch)
         start = partial(init_state, self.model, optimizer, config)
         self.shapes = jax.eval_shape(start)
-        self.shardings = state_shardings(mesh, self.shapes)
+        rows = jax.tree.map(lambda _: self.rows, self.shapes.memory)
+        self.shardings = state_shardings(mesh, self.shapes)._replace(memory=rows)
         self.start = jax.jit(start, out_shardings=self.shardings)
         self.step = jax.jit(
             make_step(self.model, optimizer, config),
@@ -234,7 +236,10 @@ class Trainer:
         """
         policy, bad = self.config.train.on_nan, step - 1 + self.shift
         file = self.keep_batch(bad)
-        what = f"step {step}: loss {loss}, gradient norm {norm}; batch kept in {file}"
+        what = f"step {step}: loss {loss}, gradient norm {norm}"
+        if math.isfinite(loss) and math.isfinite(norm):
+            what += ", but what the attention keeps is not finite"
+        what += f"; batch kept in {file}"
         numbers = {"train/bad_loss": loss, "train/bad_grad_norm": norm}
         self.skipped += 1
         if policy == "skip" and self.skipped <= SKIPS:

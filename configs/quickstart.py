@@ -10,8 +10,8 @@ from attnlab.config import base, parse_arg
 
 
 def get_config(arg: str | None = None):
-    chosen = parse_arg(arg, attention="softmax", position="rope")
-    config = base(chosen.attention, chosen.position)
+    chosen = parse_arg(arg, attention="softmax", position="rope", normaliser="softmax")
+    config = base(chosen.attention, chosen.position, chosen.normaliser)
     config.task.fallback = "pysource"
     config.task.length = 256
     config.model.width = 192

@@ -1,4 +1,4 @@
-"""Rewrites what the pages repeat: the tables of mechanisms, positions, configs, corpora, results.
+"""Rewrites what the pages repeat: tables of all that can be chosen, of configs, corpora, results.
 
 python docs/refresh.py
 
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnlab.core import mechanisms, positions
+from attnlab.core import mechanisms, normalisers, positions
 from attnlab.data.corpora import CORPORA
 from attnlab.literals import text_of
 
@@ -31,16 +31,18 @@ def refreshed(text: str) -> str:
 
 def parts() -> dict[str, str]:
     """What stands between the markers, by their name."""
-    example = (ROOT / "docs" / "examples" / "strided.py").read_text(encoding="utf-8")
+    example = (ROOT / "docs" / "examples" / "dilated.py").read_text(encoding="utf-8")
     return {
         "table:mechanisms": mechanism_table(),
         "table:positions": position_table(),
+        "table:normalisers": normaliser_table(),
         "table:configs": config_table(),
         "table:corpora": corpus_table(),
         "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
-        "code:strided": f"```python\n{example}```",
+        "code:dilated": f"```python\n{example}```",
         "modules:mechanisms": modules("attnlab.mechanisms", mechanisms.names()),
         "modules:positions": modules("attnlab.positions", positions.names()),
+        "modules:normalisers": modules("attnlab.normalisers", normalisers.names()),
     }
 
 
@@ -60,6 +62,15 @@ def position_table() -> str:
         for name, cls in ((name, positions.get(name)) for name in positions.names())
     ]
     return table(("`position=`", "options", ""), rows)
+
+
+def normaliser_table() -> str:
+    """Every registered normaliser."""
+    rows = [
+        (f"`{name}`", options(cls), summary(cls))
+        for name, cls in ((name, normalisers.get(name)) for name in normalisers.names())
+    ]
+    return table(("`normaliser=`", "options", ""), rows)
 
 
 def config_table() -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import pytest
 
 CACHE = Path(__file__).parents[1] / ".jax_cache"
 
@@ -10,3 +11,10 @@ jax.config.update("jax_num_cpu_devices", 8)  # must precede the first use of a d
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_collection_modifyitems(items):
+    """One worker takes a whole file, unless its tests say how they belong together."""
+    for item in items:
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))

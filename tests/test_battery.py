@@ -10,22 +10,26 @@ from battery import (
     isolation,
     taps,
     transforms,
+    weighing,
 )
-from battery.cases import every, one_each
+from battery.cases import first_of_each, key_of, one_each, pairs, weighed, weighed_in_turn
 from battery.refusal import verify
 
-EVERY_PAIR = (agreement.check_reference, causality.check_causality)
-"""Checked on all examples with all positions; the rest on all examples with positions in turn,
+ALWAYS = (
+    agreement.check_reference,
+    causality.check_causality,
+    continuation.check_extension,
+)
+"""Checked on every example of every mechanism; the first two also on `HOSTS` with every position,
 and on all pairs when slow tests are selected."""
 
-IN_TURN = (
+FIRST = (
     agreement.check_bidirectional_reference,
     agreement.check_low_precision,
     agreement.check_limit,
     agreement.check_any_length,
     agreement.check_grouped_heads,
     causality.check_model_causality,
-    continuation.check_extension,
     continuation.check_model_extension,
     isolation.check_packing,
     isolation.check_bidirectional_packing,
@@ -43,31 +47,76 @@ IN_TURN = (
     experiment.check_shift,
     experiment.check_config,
 )
+"""Checked on the first example of every mechanism, with the positions in turn; on all its examples
+when slow tests are selected."""
+
+WEIGHED = (
+    causality.check_causality,
+    continuation.check_extension,
+    isolation.check_packing,
+    isolation.check_empty_slots,
+    isolation.check_keys_all_hidden,
+    experiment.check_learning,
+    experiment.check_shift,
+)
+"""Checked on the first example of every mechanism with every normaliser when slow tests are
+selected."""
+
+HOSTS = ("softmax", "window")
+"""The mechanisms with which every position is always checked."""
 
 
 def promise(check) -> str:
     return check.__name__.removeprefix("check_")
 
 
-def cases():
-    """All pairs; those that are not taking their turn are left to slow runs."""
-    turn = set(one_each())
-    return [c if c in turn else pytest.param(c, marks=pytest.mark.slow) for c in every()]
+def cases(cases, quick):
+    """The cases as parameters; those not in ``quick`` are slow. One worker takes all of a
+    mechanism: its checks share what they compile."""
+    return [
+        pytest.param(
+            case,
+            id=str(case),
+            marks=[pytest.mark.xdist_group(key_of(case.mechanism))]
+            + [pytest.mark.slow] * (case not in quick),
+        )
+        for case in cases
+    ]
 
 
-@pytest.mark.parametrize("case", every(), ids=str)
-@pytest.mark.parametrize("check", EVERY_PAIR, ids=promise)
+@pytest.mark.parametrize("case", cases(one_each(), one_each()))
+@pytest.mark.parametrize("check", ALWAYS, ids=promise)
+def test_always(check, case):
+    verify(check, case)
+
+
+@pytest.mark.parametrize("case", cases(one_each(), first_of_each()))
+@pytest.mark.parametrize("check", FIRST, ids=promise)
+def test_first(check, case):
+    verify(check, case)
+
+
+@pytest.mark.parametrize(
+    "case", cases(pairs(), [c for c in pairs() if key_of(c.mechanism) in HOSTS])
+)
+@pytest.mark.parametrize("check", ALWAYS[:2], ids=promise)
 def test_every_pair(check, case):
     verify(check, case)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-@pytest.mark.parametrize("check", IN_TURN, ids=promise)
-def test_in_turn(check, case):
+@pytest.mark.parametrize("case", cases(weighed(), weighed_in_turn()))
+def test_normalisers(case):
+    verify(weighing.check_weighing, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(weighed(), []))
+@pytest.mark.parametrize("check", WEIGHED, ids=promise)
+def test_normalisers_further(check, case):
     verify(check, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", one_each(), ids=str)
+@pytest.mark.parametrize("case", cases(first_of_each(), []))
 def test_measured_memory(case):
     verify(cost.check_measured_memory, case)

@@ -3,6 +3,7 @@
 import io
 import itertools
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ from attnlab import decode
 from attnlab.config import model_of
 from attnlab.core import MASK
 from attnlab.data.tokenizers import ByteTokenizer
-from attnlab.decode import draw, generate, sample_text, stream_tokens
+from attnlab.decode import draw, endless, extend, generate, sample_text, stream_tokens
 from attnlab.errors import UserError
 from attnlab.main import main
 from attnlab.step import init_params
 
 CONTEXT = 12
+TAIL = str(Path(__file__).parent / "plugged" / "tail.py")
 PROMPT = np.array([256, 104, 105])
 
 
@@ -41,18 +43,20 @@ def full_pass(model, params, tokens, seg):
     return model.apply({"params": params}, tokens, pos, seg)[0][0]
 
 
-def next_token(model, params, tokens):
+def next_token(model, params, tokens, room=CONTEXT):
     """The likeliest token after ``tokens``."""
-    row, seg = np.zeros((1, CONTEXT), np.int32), np.full((1, CONTEXT), -1, np.int32)
+    row, seg = np.zeros((1, room), np.int32), np.full((1, room), -1, np.int32)
     row[0, : len(tokens)], seg[0, : len(tokens)] = tokens, 1
     return int(jnp.argmax(full_pass(model, params, row, seg)[len(tokens) - 1]))
 
 
 @pytest.mark.parametrize(
-    ("attention", "changes"), [("softmax", ()), ("window", ("attention.window=4",))]
+    ("attention", "changes"),
+    [("softmax", ()), ("window", ("attention.window=4", "attention.sinks=1"))],
 )
 def test_greedy_is_the_argmax_of_a_full_pass_also_past_the_context(attention, changes):
     model, params = network(attention, *changes)
+    assert not endless(model)
     drawn = sample(model, params, 16)
     seen = list(PROMPT)
     for token in drawn:
@@ -60,6 +64,37 @@ def test_greedy_is_the_argmax_of_a_full_pass_also_past_the_context(attention, ch
         # When the context is full, its newest half is read again as a new text.
         seen = [*(seen[-(CONTEXT // 2) :] if len(seen) == CONTEXT else seen), token]
     assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize("attention", ["window", TAIL])
+def test_what_fits_into_compact_states_is_never_read_again(attention, monkeypatch):
+    model, params = network(attention, "attention.window=4")
+    assert endless(model)
+    lengths = []
+
+    def counting(model, params, tokens, memory):
+        lengths.append(tokens.shape[1])
+        return extend(model, params, tokens, memory)
+
+    monkeypatch.setattr(decode, "extend", counting)
+    drawn = sample(model, params, 2 * CONTEXT)
+    seen = list(PROMPT)
+    for token in drawn:
+        assert token == next_token(model, params, seen, 3 * CONTEXT)
+        seen.append(token)
+    assert lengths == [len(PROMPT)] + [1] * (2 * CONTEXT - 1)
+
+
+def test_a_text_outgrows_the_context_only_where_positions_allow_it():
+    def allowed(attention, position="rope"):
+        config = tiny("model.layers=2", attention=attention, position=position)
+        return endless(model_of(config, 257))
+
+    assert allowed("window", "alibi")
+    assert not allowed("window", "absolute")
+    assert allowed(TAIL, "absolute")  # trained on positions of whole documents
+    assert not allowed(f"{TAIL}+softmax")
+    assert not allowed("softmax")
 
 
 def test_the_likeliest_token_is_what_temperature_0_top_k_1_and_a_small_top_p_draw():

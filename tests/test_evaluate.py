@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,13 +18,14 @@ from attnlab.config import model_of
 from attnlab.data.tokenizers import ByteTokenizer
 from attnlab.decode import extend
 from attnlab.errors import DataError, UserError
-from attnlab.evaluate import Scores, Stopped, cut_windows, evaluate, score, score_split
+from attnlab.evaluate import Scores, Stopped, evaluate, format_scores, score, score_split
 from attnlab.main import main
 from attnlab.model import initial_memory
 from attnlab.runs import open_run
 from attnlab.sharding import batch_sharding, make_mesh
 from attnlab.step import init_params
 from attnlab.tasks.text import Evaluated
+from attnlab.windows import cut_windows, in_lanes, stack
 
 TEXTS = [b"a quick brown fox", b"", b"jumps over the lazy dog, and then some more of it" * 2, b"z"]
 
@@ -112,6 +114,76 @@ def test_stride_1_gives_what_decoding_token_by_token_gives(attention):
         nats.append(-float(jax.nn.log_softmax(logits[0])[following]))
     np.testing.assert_allclose(scores.by_context[: len(nats)], nats, atol=1e-4)
     assert scores.nats == pytest.approx(sum(nats), abs=1e-4)
+
+
+TAIL = str(Path(__file__).parent / "plugged" / "tail.py")
+
+
+@pytest.fixture(scope="module")
+def carrying():
+    """(model, params) that hands on a window longer than any of the texts."""
+    model = model_of(tiny(f"attention={TAIL}", "attention.window=128"), 257)
+    return model, jax.tree.map(lambda p: 2 * p, init_params(model, 0))
+
+
+def test_with_memory_handed_on_short_windows_score_what_one_long_window_does(carrying):
+    model, params = carrying
+    whole = score(model, params, Documents(TEXTS), "test", length=128, stride=128)
+    mesh = make_mesh("data:4,fsdp:2")
+    with jax.set_mesh(mesh):
+        options = {"batch": 3, "sharding": batch_sharding(mesh, 8)}
+        spread = score(model, params, Documents(TEXTS), "test", length=8, stride=8, **options)
+    parts = score(model, params, Documents(TEXTS), "test", length=8, stride=8, batch=2)
+    for scores in (parts, spread):
+        assert scores.tokens == whole.tokens == scores.counts.sum()
+        for (name, nats, size), expected in zip(scores.documents, whole.documents):
+            assert (name, size) == (expected[0], expected[2])
+            assert nats == pytest.approx(expected[1], rel=1e-5)
+        longest = np.flatnonzero(whole.counts)[-1] + 1
+        np.testing.assert_array_equal(scores.counts[:longest], whole.counts[:longest])
+        np.testing.assert_allclose(scores.by_context[:longest], whole.by_context[:longest], 1e-4)
+    assert [row["low"] for row in parts.summary()["loss_by_context"]] == [0, 1, 2, 4, 8, 16, 32, 64]
+    forgetful = model_of(tiny("attention=window", "attention.window=128"), 257)
+    alone = score(forgetful, params, Documents(TEXTS), "test", length=8, stride=8)
+    assert abs(alone.nats - parts.nats) > 1
+
+
+def test_a_row_reads_its_document_in_order_and_then_takes_the_next():
+    lines = [(number, np.arange(count + 1)) for number, count in enumerate((5, 1, 9, 2, 4))]
+    chunks = list(in_lanes(lines, 4, 2))
+    read = [[piece and (piece.document, piece.window.start) for piece in chunk] for chunk in chunks]
+    assert read == [
+        [(0, 0), (1, 0)],
+        [(0, 4), (2, 0)],
+        [(3, 0), (2, 4)],
+        [(4, 0), (2, 8)],
+    ]
+    arrays = stack(chunks[1], 4, 2, carried=True)
+    assert arrays["pos"].tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    assert arrays["seg"].tolist() == [[1, -1, -1, -1], [3, 3, 3, 3]]
+    assert arrays["targets"].tolist() == [[5, 0, 0, 0], [1, 2, 3, 4]]
+    assert list(in_lanes([], 4, 2)) == []
+
+
+def test_memory_that_is_handed_on_reads_every_token_once(carrying):
+    with pytest.raises(UserError, match=r"stride=4: this model carries .* use the length, 8"):
+        score(*carrying, Documents(TEXTS), "test", length=8, stride=4)
+    with pytest.raises(DataError, match="the test split is empty"):
+        score(*carrying, Documents([]), "test", length=8, stride=8)
+    first = score(*carrying, Documents(TEXTS), "test", length=8, stride=8, tokens=30)
+    assert first.tokens == first.counts.sum() == 30
+
+
+def test_the_result_says_whether_memory_was_handed_on(carrying):
+    for (model, params), carried in ((carrying, True), (carrying, False)):
+        config = tiny(f"attention={TAIL}" if carried else "attention=window")
+        if not carried:
+            model = model_of(config, 257)
+        result = score_split(model, params, Documents(TEXTS), config, "test", 1, length=8)
+        assert result["carried"] is carried
+        assert ("memory handed on" in result["context"]) is carried
+        assert ("memory handed on" in format_scores(result)) is carried
+        json.dumps(result, allow_nan=False)
 
 
 def test_a_corpus_twice_has_the_metrics_of_the_corpus_once(network):

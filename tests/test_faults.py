@@ -1,5 +1,7 @@
 """The test of the test: each check fails on a mechanism with the fault it is there for."""
 
+from dataclasses import replace
+
 import pytest
 from battery import (
     agreement,
@@ -11,9 +13,10 @@ from battery import (
     isolation,
     taps,
     transforms,
+    weighing,
 )
-from battery.cases import Case
-from battery.faults import Absolutist, Boastful, Faulty, Forgetful, Narrow, Refusing, Unequal
+from battery.cases import Case, small
+from battery.faults import Absolutist, Boastful, Deaf, Faulty, Forgetful, Narrow, Refusing, Unequal
 from battery.refusal import refusal, verify
 
 from attnlab.core import positions
@@ -59,6 +62,10 @@ def case_of(mechanism, place="rope"):
     return Case(mechanism, positions.get(place)())
 
 
+def weighed(mechanism, name):
+    return replace(case_of(mechanism), normaliser=small(name))
+
+
 def name_of(thing):
     return getattr(thing, "__name__", type(thing).__name__).removeprefix("check_")
 
@@ -78,6 +85,18 @@ def test_a_faulty_class_is_caught(mechanism, check):
 @pytest.mark.parametrize("check", dict.fromkeys(check for _, check in CAUGHT), ids=name_of)
 def test_the_sound_control_passes(check):
     check(case_of(Faulty()))
+
+
+@pytest.mark.parametrize("name", ["ssmax", "sparsemax"])
+@pytest.mark.parametrize("deaf", [Faulty(fault=faults.ignores_normaliser), Deaf()], ids=name_of)
+def test_a_normaliser_that_is_ignored_is_caught(deaf, name):
+    with pytest.raises(FAILURE):
+        verify(weighing.check_weighing, weighed(deaf, name))
+
+
+@pytest.mark.parametrize("name", ["ssmax", "sparsemax"])
+def test_the_sound_control_hosts_every_normaliser(name):
+    weighing.check_weighing(weighed(Faulty(), name))
 
 
 @pytest.mark.parametrize("fault", [faults.refuses_without_a_name, faults.refuses_everything])

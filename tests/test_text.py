@@ -111,9 +111,10 @@ def test_an_epoch_reads_every_window_once_and_the_next_one_cuts_elsewhere():
     assert len(set(cuts)) == 3
 
 
-def test_lanes_of_a_stream_read_on_and_keep_document_and_position():
-    task = make("stream", seed=3)
-    line = oracle(DOCUMENTS)
+@pytest.mark.parametrize("documents", [DOCUMENTS, [b"abcdefghijklmnopqrstuvwxyz"]])
+def test_lanes_of_a_stream_read_on_and_number_their_documents_also_past_the_end(documents):
+    task = make("stream", seed=3, documents=documents)
+    line = oracle(documents)
     steps = [task.batch(step) for step in range(25)]
     joined = {key: np.concatenate([batch[key] for batch in steps], axis=1) for key in steps[0]}
     for lane in range(B):

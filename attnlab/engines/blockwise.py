@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
-from attnlab.engines import dense, report_use
+from attnlab.engines import dense, report_use, rowwise
 
 LOGITS_IN_FLIGHT = 2**20
 """Most logits alive at once (B H tile² f32: 4 MiB), about what the cache of a CPU core holds."""
@@ -33,11 +33,14 @@ def attend(
     ``tile`` bounds the tokens per tile (chosen by shape when None). Returns ``out`` [B N H E] in
     the dtype of the queries and ``lse`` [B H N] f32 (`MASK` for an empty row), so that parts over
     different keys can be merged. Cost: O(visited pairs) time, O(N + M) memory. A rule whose taps
-    want whole logits or probabilities is served by `dense`.
+    want whole logits or probabilities is served by `dense`, one in which a query must meet all its
+    keys at once by `rowwise`.
     """
     if rule.observed:
         out, lse, _ = dense.attend(queries, keys, rule)
         return out, lse
+    if rule.whole:
+        return rowwise.attend(queries, keys, rule)
     report_use("blockwise", "XLA")
     queries, keys = queries.cleared(), keys.cleared()
     B, N, H, _ = queries.q.shape
@@ -55,6 +58,8 @@ def attend(
     )
     out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]
     lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
+    share = rule.normaliser.share(lse)
+    out = out if share is None else out * share.swapaxes(1, 2)[..., None]
     return rule.tap("heads", out.astype(queries.q.dtype)), lse
 
 

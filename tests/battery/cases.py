@@ -1,4 +1,5 @@
-"""What is under test: a mechanism, a position module and a direction, on small random tokens."""
+"""What is under test: a mechanism with a position module and a normaliser, in one direction, on
+small random tokens."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -7,35 +8,68 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attnlab.core import Dims, Keys, Mechanism, Position, Queries, Rule, mechanisms, positions
+from attnlab.core import (
+    Dims,
+    Keys,
+    Mechanism,
+    Normaliser,
+    Position,
+    Queries,
+    Rule,
+    mechanisms,
+    normalisers,
+    positions,
+)
+from attnlab.normalisers.softmax import Softmax
 
 LENGTH = 32
 BATCH = 2
 DIMS = Dims(width=16, heads=4, kv_heads=2, key_dim=8, value_dim=8)
 
 
+SOFTMAX = Softmax()
+
+
 @dataclass(frozen=True)
 class Case:
-    """One mechanism with one position module; frozen, so that jit knows it again."""
+    """One mechanism with one position module and one normaliser; frozen, so that jit knows it
+    again."""
 
     mechanism: Mechanism
     position: Position
     causal: bool = True
+    normaliser: Normaliser = SOFTMAX
 
     def __str__(self) -> str:
         direction = "" if self.causal else "-bidirectional"
-        return f"{key_of(self.mechanism)}{fields_of(self.mechanism)}-{self.place}{direction}"
+        weighing = "" if self.weighing == "softmax" else f"-{self.weighing}"
+        name = f"{key_of(self.mechanism)}{fields_of(self.mechanism)}"
+        return f"{name}-{self.place}{weighing}{direction}"
 
     @cached_property
     def place(self) -> str:
         """The position's key."""
         return key_of(self.position)
 
+    @cached_property
+    def weighing(self) -> str:
+        """The normaliser's key."""
+        return key_of(self.normaliser)
+
     def rule(self, params: Any, **changes: Any) -> Rule:
-        return Rule(params, self.position, self.causal, **changes)
+        """``params`` of the position module and of the normaliser."""
+        place, weighing = params
+        return Rule(
+            place,
+            self.position,
+            self.causal,
+            normaliser=self.normaliser,
+            normaliser_params=weighing,
+            **changes,
+        )
 
 
-def key_of(thing: Mechanism | Position) -> str:
+def key_of(thing: Mechanism | Position | Normaliser) -> str:
     """The registry key of an instance: the name of its file."""
     return type(thing).__module__.rpartition(".")[2]
 
@@ -44,16 +78,6 @@ def fields_of(mechanism: Mechanism) -> str:
     """The fields that differ from the defaults: "(window=5)"."""
     text = repr(mechanism)
     return text[text.index("(") :].replace(" ", "") if "(" in text else ""
-
-
-def every() -> list[Case]:
-    """All example instances of all mechanisms, with all positions."""
-    return [
-        Case(example, positions.get(place)())
-        for name in mechanisms.names()
-        for example in mechanisms.get(name).examples()
-        for place in positions.names()
-    ]
 
 
 def one_each() -> list[Case]:
@@ -66,9 +90,48 @@ def one_each() -> list[Case]:
     ]
 
 
+def first_of_each() -> list[Case]:
+    """The first example of every mechanism, as in `one_each`."""
+    first = {key_of(case.mechanism): case for case in reversed(one_each())}
+    return [first[name] for name in mechanisms.names()]
+
+
+def pairs() -> list[Case]:
+    """The first example of every mechanism with every position."""
+    return [
+        Case(case.mechanism, positions.get(place)())
+        for case in first_of_each()
+        for place in positions.names()
+    ]
+
+
+def weighed() -> list[Case]:
+    """The first example of every mechanism with every normaliser but softmax."""
+    names = [name for name in normalisers.names() if name != "softmax"]
+    return [replace(case, normaliser=small(name)) for case in first_of_each() for name in names]
+
+
+def weighed_in_turn() -> list[Case]:
+    """Of these, two for every mechanism: a normaliser that all can host and one that needs the
+    whole row, each kind in turn."""
+    chosen = []
+    for shift, name in enumerate(mechanisms.names()):
+        mine = [case for case in weighed() if key_of(case.mechanism) == name]
+        for kind in (True, False):
+            kin = [case for case in mine if case.normaliser.separable == kind]
+            chosen.append(kin[shift % len(kin)])
+    return chosen
+
+
+def small(name: str) -> Normaliser:
+    """A normaliser with its options at the scale of the tests, where some 16 keys are seen."""
+    options = {"top_k": {"k": 3}, "ssmax": {"length": 8}, "log_n": {"length": 8}}
+    return normalisers.get(name)(**options.get(name, {}))
+
+
 class Inputs(NamedTuple):
-    """All that a call receives: ``params`` = (mechanism's, position's), then tokens, as in
-    `attnlab.core`; ``x`` [B N width]."""
+    """All that a call receives: ``params`` = (mechanism's, those of `Case.rule`), then tokens, as
+    in `attnlab.core`; ``x`` [B N width]."""
 
     params: Any
     q: Any
@@ -116,9 +179,10 @@ def draw(
 
 @lru_cache
 def initial(case: Case, dims: Dims = DIMS) -> tuple[Any, Any]:
-    """Parameters of the mechanism and of the position module as `init` makes them."""
-    a, b = jax.random.split(jax.random.key(1))
-    return case.mechanism.init(a, dims), case.position.init(b, dims)
+    """Parameters of the mechanism, and of position module and normaliser, as `init` makes them."""
+    a, b, c = jax.random.split(jax.random.key(1), 3)
+    rule = case.position.init(b, dims), case.normaliser.init(c, dims)
+    return case.mechanism.init(a, dims), rule
 
 
 def shaken(params: Any) -> Any:

@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from attnlab.config import base, mechanisms_of, position_of
-from attnlab.core import mechanisms, positions
+from attnlab.config import base, mechanisms_of, normaliser_of, position_of
+from attnlab.core import Position, mechanisms, normalisers, positions
 from attnlab.errors import UserError
 from attnlab.overrides import override
 from battery.calls import QUICK, assert_close
@@ -49,13 +49,16 @@ def check_learning(case: Case) -> None:
 
 
 def check_shift(case: Case) -> None:
-    """All positions of all documents shifted alike: no logit changes if position and mechanism
-    both declare themselves ``relative``, and some logit does if one of them does not."""
+    """All positions of all documents shifted alike: no logit changes if position, mechanism and
+    normaliser all declare themselves ``relative``, and some logit does if one does not, or if a
+    position that rotates meets a mechanism that is not ``isotropic``."""
     network = network_of(case)
     params, (tokens, pos, seg) = parameters_of(network), tokens_of()
     before, _ = forward(network, params, tokens, pos, seg)
     after = [forward(network, params, tokens, pos + shift, seg)[0] for shift in (1, 3, 1000)]
-    if case.position.relative and case.mechanism.relative:
+    rotates = type(case.position).rotate is not Position.rotate
+    follows = case.position.relative and (case.mechanism.isotropic or not rotates)
+    if follows and case.mechanism.relative and case.normaliser.relative:
         for logits in after:
             assert_close(logits, before, SHIFTED)
     else:
@@ -64,13 +67,14 @@ def check_shift(case: Case) -> None:
 
 
 def check_config(case: Case) -> None:
-    """``attention=NAME, position=NAME`` resolve to the defaults of these classes; a field that
-    they lack is refused with its name."""
-    name, place = key_of(case.mechanism), case.place
-    config = base(attention=name, position=place)
+    """``attention=NAME, position=NAME, normaliser=NAME`` resolve to the defaults of these classes;
+    a field that they lack is refused with its name."""
+    name, place, weighing = key_of(case.mechanism), case.place, case.weighing
+    config = base(attention=name, position=place, normaliser=weighing)
     assert (config.attention.name, config.position.name) == (name, place)
     assert mechanisms_of(config) == (mechanisms.get(name)(),) * config.model.layers
     assert position_of(config) == positions.get(place)()
-    for section in ("attention", "position"):
+    assert normaliser_of(config) == normalisers.get(weighing)()
+    for section in ("attention", "position", "normaliser"):
         with pytest.raises(UserError, match=f"{section}.no_such_field"):
             override(config, f"{section}.no_such_field", "1")

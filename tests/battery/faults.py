@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import Array, Cost, Keys, Result
+from attnlab.core import Array, Cost, Exponential, Keys, Result
 from attnlab.engines import dense
 from attnlab.errors import UserError
 from attnlab.mechanisms.softmax import Softmax
@@ -114,6 +114,11 @@ def ignores_taps(queries, keys, rule) -> Array:
     return sound(queries, keys, replace(rule, taps=()))
 
 
+def ignores_normaliser(queries, keys, rule) -> Array:
+    """Softmax whatever the rule says."""
+    return sound(queries, keys, replace(rule, normaliser=Exponential()))
+
+
 def counts_from_start(queries, keys, rule) -> Array:
     """Depends on the position itself while declared relative."""
     return sound(queries, keys, rule) * jnp.sin(1.0 + queries.pos)[..., None, None]
@@ -144,6 +149,16 @@ class Faulty(Softmax):
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         return Result(self.fault(queries, keys, rule), state, {})
+
+
+@dataclass(frozen=True)
+class Deaf(Softmax):
+    """Accepts any normaliser and is softmax in both forms."""
+
+    def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        return Result(ignores_normaliser(queries, keys, rule), state, {})
+
+    reference = __call__
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from battery.calls import (
     outputs_and_gradients,
 )
 from battery.cases import BATCH, DIMS, Case, bidirectional, documents, draw
+from battery.refusal import verify
 
 FIRST, SECOND = 13, 14
 """Lengths of the two packed documents; the slots behind them are empty."""
@@ -37,7 +38,7 @@ def check_packing(case: Case) -> None:
 
 def check_bidirectional_packing(case: Case) -> None:
     """The same for an encoder, where the mask of time does not hide a mistake."""
-    check_packing(bidirectional(case))
+    verify(check_packing, bidirectional(case))
 
 
 def _apart(z: np.ndarray) -> np.ndarray:

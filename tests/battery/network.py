@@ -23,7 +23,8 @@ def network_of(case: Case, layers: int = 1) -> Transformer:
         mlp_width=32,
         causal=case.causal,
     )
-    return Transformer(architecture, VOCABULARY, (case.mechanism,) * layers, case.position)
+    layered = (case.mechanism,) * layers
+    return Transformer(architecture, VOCABULARY, layered, case.position, case.normaliser)
 
 
 def tokens_of(batch: int = BATCH, length: int = LENGTH):

@@ -1,25 +1,30 @@
 """A combination without meaning is refused, early and by name, or it must keep every promise."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import pytest
 
 from attnlab.core import positions
 from battery.calls import attend, cotangent_of, evaluate
-from battery.cases import Case, bidirectional, draw, key_of
+from battery.cases import SOFTMAX, Case, bidirectional, draw, key_of
 
 
 def verify(check: Callable[[Case], None], case: Case) -> None:
     """``check(case)``; where the mechanism refuses the case, the refusal itself is checked, and
-    then the promise in the other direction if that one is accepted."""
+    then the promise with rope, in the other direction, or both: the first that is accepted."""
     message = refusal(case)
     if message is None:
         return check(case)
     check_refusal(case, message)
-    other = bidirectional(case)
-    if case.causal and refusal(other) is None and not getattr(check, "causal_only", False):
-        check(other)
+    rope = replace(case, position=positions.get("rope")())
+    others = [rope]
+    if not getattr(check, "causal_only", False):
+        others += [replace(z, causal=not case.causal) for z in (case, rope)]
+    for other in others:
+        if refusal(other) is None:
+            return check(other)
     return None
 
 
@@ -43,8 +48,9 @@ def check_refusal(case: Case, message: str) -> None:
     cannot be combined with; and some case of the mechanism is accepted."""
     assert "\n" not in message
     assert key_of(case.mechanism) in message, message
-    named = case.place in message or ("causal" if case.causal else "bidirectional") in message
-    assert named, f"{message!r} names neither the position nor the direction"
+    unusual = [case.weighing] * (case.normaliser != SOFTMAX)
+    named = (case.place, "causal" if case.causal else "bidirectional", *unusual)
+    assert any(word in message for word in named), f"{message!r} names none of {named}"
     for form in ("fast", "reference"):
         inputs = draw(case)
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)

@@ -24,14 +24,15 @@ def check_equal_values(case: Case) -> None:
 
     jitted = jax.jit(count, static_argnums=0)
     for _ in range(3):
-        copies = (dataclasses.replace(z) for z in (case.mechanism, case.position))
-        twin = Case(*copies, case.causal)
+        parts = (case.mechanism, case.position, case.normaliser)
+        mechanism, position, normaliser = (dataclasses.replace(z) for z in parts)
+        twin = Case(mechanism, position, case.causal, normaliser)
         assert twin.mechanism is not case.mechanism
         assert twin == case
         assert hash(twin) == hash(case)
         jitted.trace(twin, draw(case))
     assert traces == 1
-    for thing in (case.mechanism, case.position):
+    for thing in (case.mechanism, case.position, case.normaliser):
         for field in dataclasses.fields(thing):
             with pytest.raises(dataclasses.FrozenInstanceError):
                 setattr(thing, field.name, getattr(thing, field.name))

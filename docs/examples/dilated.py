@@ -1,4 +1,4 @@
-"""Strided attention: every n-th key, counted back from the query."""
+"""Dilated attention: every n-th key, counted back from the query."""
 
 from dataclasses import dataclass
 
@@ -22,10 +22,10 @@ class Comb(Pattern):
 
 @register
 @dataclass(frozen=True)
-class Strided(Mechanism):
+class Dilated(Mechanism):
     """Exact attention over every ``stride``-th key: softmax over {j : stride divides i − j}.
 
-    Source: Child et al., arXiv 1904.10509, without its local half.
+    Source: Child et al., arXiv 1904.10509, the strided form without its local half.
     """
 
     stride: int = 4
@@ -41,7 +41,7 @@ class Strided(Mechanism):
         return Result(out, state, {"lse": lse, "probs": probs})
 
     def limit(self, length):
-        return Strided(stride=1)
+        return Dilated(stride=1)
 
     def flops(self, dims, length, causal=True):
         whole, rest = divmod(length, self.stride)

@@ -1,0 +1,206 @@
+"""Sums over the past in chunks: a matrix that decays and is added to, read at every token.
+
+    S_t = exp(a_t) ∘ S_(t-1) ∘ exp(b_t)ᵀ + k_t v_tᵀ,    out_t = S_tᵀ q_t
+
+with log decays a_t <= 0 over the key axis and b_t <= 0 over the value axis. S starts at 0 in every
+document; documents follow each other in time order, with empty slots anywhere.
+
+A chunk reads the state before it and its own earlier tokens, weighed by exp(sum of the decays in
+between). Where decays are one number a head, those sums fill one [C C] table. Where they differ
+along an axis, a chunk is halved again and again: at each halving the later half reads the earlier
+one, and both decay towards the point between them. Sums are never subtracted and exponents never
+positive, so no decay is too strong. No number of a later token is part of an earlier sum.
+
+Only the state at chunk boundaries is kept for the backward pass; the rest is computed again.
+Source: Katharopoulos et al., arXiv 2006.16236; chunks: Hua et al., 2202.10447; decays along an
+axis: Yang et al., 2312.06635.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.core import Array, count_pairs
+from attnlab.engines import report_use
+
+
+class State(NamedTuple):
+    """What the past left: ``memory`` [B G D E] f32, and ``seg`` [B], the document it is of."""
+
+    memory: Array
+    seg: Array
+
+
+def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> State:
+    """No past: a document that no token belongs to."""
+    return State(jnp.zeros((batch, heads, key_dim, value_dim)), jnp.full(batch, -1, jnp.int32))
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    seg: Array,
+    state: State | tuple[()] = (),
+    *,
+    key_decay: Array | None = None,
+    value_decay: Array | None = None,
+    chunk: int = 64,
+) -> tuple[Array, State]:
+    """Every token reads all tokens of its document so far, itself included.
+
+    ``q`` [B N H D], ``k`` [B N G D], ``v`` [B N G E], ``seg`` [B N]; ``key_decay`` [B N G D or 1]
+    and ``value_decay`` [B N G E or 1] are log decays <= 0, or None for no decay; ``chunk`` tokens
+    at a time, rounded up to a power of two. Returns ``out`` [B N H E] f32, 0 in empty slots, and
+    the `State` after the last token. Cost: O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
+    """
+    report_use("recurrent", "XLA")
+    B, N, H, D = q.shape
+    G, E = v.shape[2:]
+    if not state:
+        state = initial_state(B, G, D, E)
+    size = 1 << (min(chunk, N) - 1).bit_length()
+
+    def tiles(z: Array, fill: int = 0) -> Array:
+        """[B N ...] -> [chunks B C ...]."""
+        return jnp.moveaxis(pad(z, size, fill).reshape(B, -1, size, *z.shape[2:]), 1, 0)
+
+    tokens = (q.reshape(B, N, G, H // G, D), k, v, key_decay, value_decay)
+    tokens = (tiles(seg, -1), *jax.tree.map(tiles, tokens))
+    state, out = lax.scan(jax.checkpoint(_chunk, prevent_cse=False), state, tokens)
+    return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, -1, H, E)[:, :N], state
+
+
+def attend_both_ways(q: Array, k: Array, v: Array, seg: Array, chunk: int = 64) -> Array:
+    """Every token reads all tokens of its document, before and after it; arguments as in `attend`,
+    nothing decays. Costs twice as much."""
+
+    def flip(z: Array) -> Array:
+        return jnp.flip(z, 1)
+
+    before, _ = attend(q, k, v, seg, chunk=chunk)
+    after, _ = attend(flip(q), flip(k), flip(v), flip(seg), chunk=chunk)
+    B, N, H, D = q.shape
+    q = q.astype(jnp.float32).reshape(B, N, -1, H // k.shape[2], D)
+    own = jnp.einsum("bngrd,bngd,bnge->bngre", q, k, v).reshape(before.shape)
+    return before + flip(after) - jnp.where((seg >= 0)[..., None, None], own, 0)
+
+
+def count_flops(
+    length: int, chunk: int, heads: int, key_dim: int, value_dim: int, causal: bool = True
+) -> float:
+    """Operations of `attend` (or `attend_both_ways`) over one sequence, of pairs not masked."""
+    chunks, rest = divmod(length, chunk)
+    pairs = chunks * count_pairs(chunk) + count_pairs(rest)
+    once = pairs * (key_dim + value_dim) + 2 * length * key_dim * value_dim
+    return 2.0 * heads * once * (1 if causal else 2)
+
+
+def pad(z: Array, size: int, fill: int) -> Array:
+    """``z`` [B N ...] made a multiple of ``size`` long."""
+    widths = [(0, 0), (0, -z.shape[1] % size)] + [(0, 0)] * (z.ndim - 2)
+    return jnp.pad(z, widths, constant_values=fill)
+
+
+def latest_document(seg: Array, before: Array) -> tuple[Array, Array]:
+    """The document of the last full slot of ``seg`` [B C], or ``before`` [B] where there is none,
+    and the index of that slot, -1 for none: [B] each."""
+    last = jnp.max(jnp.where(seg >= 0, jnp.arange(seg.shape[1]), -1), 1)
+    own = jnp.take_along_axis(seg, jnp.maximum(last, 0)[:, None], 1)[:, 0]
+    return jnp.where(last >= 0, own, before), last
+
+
+def sums_since(decay: Array) -> Array:
+    """Sums from the start of the chunk up to and including each token: [... C X]."""
+    return jnp.cumsum(decay, -2)
+
+
+def sums_until(decay: Array) -> Array:
+    """Sums over the tokens after each one, to the end of the chunk: [... C X]."""
+    later = jnp.concatenate([decay[..., 1:, :], jnp.zeros_like(decay[..., :1, :])], -2)
+    return lax.cumsum(later, later.ndim - 2, reverse=True)
+
+
+def sums_between(decay: Array) -> Array:
+    """[... C 1] -> [... C C]: at (t, s) the sum over s+1..t, and 0 where s >= t."""
+    later = jnp.tri(decay.shape[-2], k=-1, dtype=decay.dtype)
+    return jnp.cumsum(decay * later, -2)
+
+
+def _chunk(state: State, tokens: tuple) -> tuple[State, Array]:
+    """One step of the scan: ``seg`` [B C], ``q`` [B C G R D], ``k`` [B C G D], ..."""
+    seg, *arrays = tokens
+
+    def heads_first(z: Array | None) -> Array:
+        """f32 [B G ... C X], 0 in empty slots; one decay of 0 where there is none."""
+        z = jnp.zeros((*arrays[1].shape[:3], 1)) if z is None else z.astype(jnp.float32)
+        full = (seg >= 0).reshape(*seg.shape, *[1] * (z.ndim - 2))
+        return jnp.moveaxis(jnp.where(full, z, 0), 1, -2)
+
+    q, k, v, a, b = (heads_first(z) for z in arrays)
+    scalar = a.shape[-1] == b.shape[-1] == 1
+    within = _within_by_table if scalar else _within_by_halves
+    out = within(q, k, v, seg, a, b)
+
+    old = (seg == state.seg[:, None]) & (seg >= 0)
+    asking = q * jnp.exp(sums_since(a))[:, :, None]
+    read = jnp.einsum("bgrid,bgde->bgrie", asking, state.memory)
+    read *= jnp.exp(sums_since(b))[:, :, None]
+    out += jnp.where(old[:, None, None, :, None], read, 0)
+
+    latest, _ = latest_document(seg, state.seg)
+    kept = ((seg == latest[:, None]) & (seg >= 0))[:, None, :, None]
+    k = jnp.where(kept, k * jnp.exp(sums_until(a)), 0)
+    new = jnp.einsum("bgjd,bgje->bgde", k, v * jnp.exp(sums_until(b)))
+    a, b = jnp.exp(jnp.sum(a, 2))[..., :, None], jnp.exp(jnp.sum(b, 2))[..., None, :]
+    same = (latest == state.seg)[:, None, None, None]
+    return State(jnp.where(same, a * state.memory * b, 0) + new, latest), out
+
+
+def _within_by_table(q: Array, k: Array, v: Array, seg: Array, a: Array, b: Array) -> Array:
+    """What the tokens of a chunk read from each other, for one decay a head."""
+    C = seg.shape[1]
+    seen = (seg[:, :, None] == seg[:, None, :]) & jnp.tri(C, dtype=bool)
+    pairs = jnp.einsum("bgrid,bgjd->bgrij", q, k)
+    pairs = jnp.where(seen[:, None, None], pairs, 0) * jnp.exp(sums_between(a + b))[:, :, None]
+    return jnp.einsum("bgrij,bgje->bgrie", pairs, v)
+
+
+def _within_by_halves(q: Array, k: Array, v: Array, seg: Array, a: Array, b: Array) -> Array:
+    """The same for decays along an axis: blocks of h tokens meet in pairs, h = 1, 2, 4, ..."""
+
+    def halves(z: Array, axis: int = -2) -> tuple[Array, Array]:
+        """The earlier and the later block of each pair, of the axis [C] or [blocks h]."""
+        axis %= z.ndim
+        z = z.reshape(*z.shape[:axis], -1, 2, h, *z.shape[axis + 1 :])
+        earlier, later = jnp.moveaxis(z, axis + 1, 0)
+        return earlier, later
+
+    def joined(earlier: Array, later: Array) -> Array:
+        z = jnp.stack([earlier, later], -3)
+        return z.reshape(*z.shape[:-4], -1, z.shape[-1])
+
+    def doubled(since: Array, until: Array) -> tuple[Array, Array]:
+        (s0, s1), (u0, u1) = halves(since), halves(until)
+        s0_all, s1_all = s0[..., -1:, :], s1[..., -1:, :]
+        return joined(s0, s0_all + s1), joined(u0 + s1_all, u1)
+
+    out = jnp.sum(q * k[:, :, None], -1, keepdims=True) * v[:, :, None]
+    (a_since, a_until), (b_since, b_until) = (a, a * 0), (b, b * 0)
+    h = 1
+    while h < seg.shape[1]:
+        seg_0, seg_1 = halves(seg, 1)
+        seen = (seg_1[..., :, None] == seg_0[..., None, :])[:, None, None]
+        asking = halves(q)[1] * jnp.exp(halves(a_since)[1])[:, :, None]
+        answering = halves(k)[0] * jnp.exp(halves(a_until)[0])
+        values = halves(v)[0] * jnp.exp(halves(b_until)[0])
+        pairs = jnp.einsum("bgrnid,bgnjd->bgrnij", asking, answering)
+        read = jnp.einsum("bgrnij,bgnje->bgrnie", jnp.where(seen, pairs, 0), values)
+        earlier, later = halves(out)
+        out = joined(earlier, later + read * jnp.exp(halves(b_since)[1])[:, :, None])
+        a_since, a_until = doubled(a_since, a_until)
+        b_since, b_until = doubled(b_since, b_until)
+        h *= 2
+    return out

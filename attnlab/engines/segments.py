@@ -1,0 +1,145 @@
+"""Documents cut into segments of equally many tokens, by position and never by place in a call:
+which keys a segment sees, and what a memory keeps of them."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.core import MASK, Array, Keys, Pattern, Queries, Rule
+from attnlab.engines import blockwise, parts
+
+
+@dataclass(frozen=True)
+class Span(Pattern):
+    """first <= j − s < last, where s is the first position of the query's segment."""
+
+    segment: int
+    first: int
+    last: int
+
+    def visible(self, q_pos, k_pos):
+        offset = k_pos - q_pos // self.segment * self.segment
+        return (offset >= self.first) & (offset < self.last)
+
+    def reaches(self, q_low, q_high, k_low, k_high):
+        low, high = (pos // self.segment * self.segment for pos in (q_low, q_high))
+        return (k_high >= low + self.first) & (k_low < high + self.last)
+
+
+def own(segment: int) -> Span:
+    """The query's own segment."""
+    return Span(segment, 0, segment)
+
+
+def tile_of(segment: int) -> int:
+    """Tokens per tile that waste little of a segment."""
+    return max(64, 1 << (segment // 2).bit_length())
+
+
+def newest(keys: Keys, length: int) -> Keys:
+    """The last ``length`` tokens of the latest document, in order, behind empty slots."""
+    index = jnp.arange(keys.pos.shape[1])
+    last = jnp.max(jnp.where(keys.seg >= 0, index, 0), 1, keepdims=True)
+    latest = jnp.take_along_axis(keys.seg, last, 1)
+    place = jnp.where((keys.seg == latest) & (keys.seg >= 0), index, -1)
+    place, slots = lax.top_k(place, length)
+    kept = take(keys, slots[:, ::-1])
+    return kept._replace(seg=jnp.where(place[:, ::-1] >= 0, kept.seg, -1))
+
+
+def take(tokens, slots: Array):
+    """The tokens [B M ...] of any pytree at ``slots`` [B L]."""
+
+    def one(z: Array) -> Array:
+        return jnp.take_along_axis(z, slots.reshape(slots.shape + (1,) * (z.ndim - 2)), 1)
+
+    return jax.tree.map(one, tokens)
+
+
+def remember(keys: Keys, state) -> tuple[Keys, Keys | tuple[()]]:
+    """All keys in sight, and the newest of them, as many as ``state`` holds; without a state, the
+    keys as they are."""
+    if not state:
+        return keys, state
+    keys = state.extended(keys)
+    return keys, newest(keys, state.pos.shape[1])
+
+
+def stopped(keys: Keys) -> Keys:
+    """The same tokens, through which no gradient flows."""
+    return keys._replace(k=lax.stop_gradient(keys.k), v=lax.stop_gradient(keys.v))
+
+
+def part_of(rule: Rule) -> Rule:
+    """The rule for a part of an attention: its heads are tapped when they are complete."""
+    return dataclasses.replace(rule, taps=tuple(t for t in rule.taps if t[0] != "heads"))
+
+
+def attend(
+    queries: Queries, rule: Rule, tile: int, *seen: tuple[Keys, Pattern]
+) -> tuple[Array, Array]:
+    """One softmax over several sets of keys, each behind a pattern of its own, which together show
+    a query no token twice. Returns ``out`` and ``lse`` as `blockwise.attend`; the cost is that of
+    one such call a set."""
+    inner = part_of(rule)
+    out, lse = join(*(blockwise.attend(queries, k, inner.restrict(p), tile) for k, p in seen))
+    return rule.tap("heads", out), lse
+
+
+def attend_densely(
+    queries: Queries, rule: Rule, *seen: tuple[Keys, Pattern]
+) -> tuple[Array, Array, Array]:
+    """`attend`, literally, and its ``probs`` [B H N M] with the sets side by side."""
+    bare = dataclasses.replace(rule, taps=())
+    behind = [(bare.restrict(pattern), keys) for keys, pattern in seen]
+    allowed = jnp.concatenate([part.allowed(queries, keys) for part, keys in behind], -1)[:, None]
+    z = jnp.concatenate([part.logits(queries, keys) for part, keys in behind], -1)
+    z = jnp.where(allowed, rule.tap("logits", z), MASK)
+    probs = rule.tap("probs", jnp.where(allowed, jax.nn.softmax(z, -1), 0))
+    v = jnp.concatenate([keys.cleared().v.astype(jnp.float32) for _, keys in behind], 1)
+    v = jnp.repeat(v, probs.shape[1] // v.shape[2], 2)
+    out = jnp.einsum("bhnm,bmhe->bnhe", probs, v).astype(queries.q.dtype)
+    lse = jnp.where(jnp.any(allowed, -1), jax.nn.logsumexp(z, -1), MASK)
+    return rule.tap("heads", out), lse, probs
+
+
+def join(*attended: tuple[Array, Array]) -> tuple[Array, Array]:
+    """One attention from its ``(out, lse)`` over disjoint sets of keys, as `blockwise.attend` gives
+    them: ``out`` [B N H E] in the dtype of the first, ``lse`` [B H N]."""
+    outs, lses = (jnp.stack(z) for z in zip(*attended))
+    out, lse = parts.merge(outs, jnp.swapaxes(lses, -1, -2))
+    return out.astype(outs.dtype), jnp.swapaxes(lse, -1, -2)
+
+
+def number(seg: Array, length: int, last: Array, count: Array) -> tuple[Array, Array]:
+    """Numbers the segments of ``length`` tokens that documents fall into, counted from the first
+    token of each: [B N] -> [B N], the running one 0, later ones 1, 2, ..., empty slots −1.
+
+    ``last`` [B] is the document of the token before the call (< 0: none) and ``count`` [B] the
+    tokens of its segment so far, whose next value is returned too.
+    """
+    full = seg >= 0
+    place = jnp.cumsum(full, 1)
+    index = lax.cummax(jnp.where(full, jnp.arange(seg.shape[1]), -1), axis=1)
+    before = jnp.pad(index[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
+    known = jnp.take_along_axis(seg, jnp.maximum(before, 0), 1)
+    start = full & (seg != jnp.where(before >= 0, known, last[:, None]))
+    base = lax.cummax(jnp.where(start, place - 1, -count[:, None]), axis=1)
+    rank = place - 1 - base
+    first = full & (rank % length == 0)
+    count = jnp.where(rank[:, -1] < 0, 0, rank[:, -1] % length + 1)
+    return jnp.where(full, jnp.cumsum(first, 1), -1), count
+
+
+def count_pairs(length: int, segment: int, memory: int) -> int:
+    """(query, key) pairs of ``length`` tokens of one document, each of which sees what its segment
+    holds so far and ``memory`` tokens before the segment."""
+    whole, rest = divmod(length, segment)
+    pairs = whole * segment * (segment + 1) // 2 + rest * (rest + 1) // 2
+    filling = min(whole, -(-memory // segment))
+    pairs += segment * segment * filling * (filling - 1) // 2
+    pairs += segment * memory * (whole - filling)
+    return pairs + rest * min(memory, whole * segment)

@@ -1,0 +1,92 @@
+"""Linear attention: a positive feature map in place of the exponential."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
+from attnlab.engines import recurrent
+from attnlab.errors import UserError
+from attnlab.refusals import refuse_bias, refuse_normaliser, refuse_taps
+from attnlab.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Linear(Mechanism):
+    """Kernel attention with φ = elu + 1: Σ φ(q)·φ(k) v / Σ φ(q)·φ(k) over the visible keys.
+
+    Causal, it is a recurrence with a state of constant size, S_t = S_(t-1) + φ(k_t) [v_t, 1]ᵀ.
+    Rotations are applied before the feature map, so with rope an output depends on where both
+    tokens are. The scale of the rule has no meaning without logits and is not used.
+    Shapes: queries [B N H D], keys [B N G D], values [B N G E] -> [B N H E].
+    Cost: O(N D E) time in chunks of ``chunk`` tokens, O(N) memory; the decoding state is one
+    D x (E + 1) matrix for each kv head. Raises `UserError` for a chunk < 1 and, when called, for
+    biased positions and taps on logits. Source: Katharopoulos et al., arXiv 2006.16236.
+    """
+
+    chunk: int = 64
+
+    cost = Cost(time=1, memory=1, state=0)
+    isotropic = False
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise UserError(f"linear: chunk={self.chunk}; use chunk >= 1")
+
+    def initial_state(self, dims: Dims, batch: int, dtype=jnp.float32):
+        return recurrent.initial_state(batch, dims.kv_heads, dims.key_dim, dims.value_dim + 1)
+
+    def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        q, k = self._features(queries, keys, rule)
+        v = with_one(keys.cleared().v)
+        if rule.causal:
+            out, after = recurrent.attend(q, k, v, keys.seg, state, chunk=self.chunk)
+        else:
+            out, after = recurrent.attend_both_ways(q, k, v, keys.seg, self.chunk), state
+        out = quotient(out).astype(queries.q.dtype)
+        return Result(rule.tap("heads", out), after if state else state)
+
+    def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        q, k = self._features(queries, keys, rule)
+        k, v = (jnp.repeat(z, q.shape[2] // z.shape[2], 2) for z in (k, with_one(keys.cleared().v)))
+        weight = jnp.where(
+            rule.allowed(queries, keys)[:, None], jnp.einsum("bnhd,bmhd->bhnm", q, k), 0
+        )
+        out = quotient(jnp.einsum("bhnm,bmhe->bnhe", weight, v)).astype(queries.q.dtype)
+        return Result(rule.tap("heads", out), state)
+
+    def _features(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
+        refuse_normaliser("linear", rule)
+        refuse_bias("linear", rule)
+        refuse_taps("linear", rule)
+        q, k = rotated(queries, keys, rule)
+        return jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
+
+    def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
+        return recurrent.count_flops(
+            length, self.chunk, dims.heads, dims.key_dim, dims.value_dim + 1, causal
+        )
+
+    @classmethod
+    def examples(cls):
+        return (cls(chunk=8),)
+
+
+def rotated(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
+    """Queries [B N H D] and keys [B M G D] in f32, turned by their position."""
+    q, k = queries.cleared().q.astype(jnp.float32), keys.cleared().k.astype(jnp.float32)
+    return rule.rotate(q, queries.pos, "query"), rule.rotate(k, keys.pos, "key")
+
+
+def with_one(v: Array) -> Array:
+    """[v, 1] in f32: the sum of weights is summed along with the values."""
+    v = v.astype(jnp.float32)
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+
+
+def quotient(sums: Array) -> Array:
+    """Sums of weighted [v, 1] to weighted means: [... E + 1] -> [... E], 0 without any weight."""
+    total = sums[..., -1:]
+    return jnp.where(total > 0, sums[..., :-1], 0) / jnp.where(total > 0, total, 1)
