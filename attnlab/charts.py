@@ -84,7 +84,7 @@ def _scatter(axes: Any, entries: Entries, cost: Cost) -> tuple[Any, dict, dict]:
         axes.set_xscale("log")
         for side, values in zip("xy", zip(*points.values())):
             _widen(axes, side, values)
-    _thousands(axes.xaxis)
+        _thousands(axes.xaxis)
     return axes, points, colours
 
 
