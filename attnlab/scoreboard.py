@@ -100,16 +100,21 @@ def title_of(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The tables of the comparison, for a README."""
-    rows = table_rows(result)
-    parts = [f"# Comparison\n\n{title_of(result)}.\n", _markdown_table(COLUMNS, rows)]
+    """The comparison as one Markdown page."""
+    notes = "".join(f"- {note}\n" for note in result["notes"])
+    command = f"```sh\n{shlex.join(result['command'])}\n```\n"
+    parts = [f"# Comparison\n\n{title_of(result)}.\n", tables(result, "## "), notes, command]
+    return "\n".join(filter(None, parts))
+
+
+def tables(result: Mapping[str, Any], level: str = "### ") -> str:
+    """Its tables in Markdown, under headings of that level."""
+    parts = [_markdown_table(COLUMNS, table_rows(result))]
     if bad := failures(result):
         parts.append(_markdown_table(("entry", "state", "why"), bad))
     for section in sections(result):
         shown = _markdown_table(section.head, section.rows)
-        parts.append(f"## {section.title}\n\n{section.note}\n\n{shown}")
-    parts += [f"- {note}\n" for note in result["notes"]]
-    parts.append(f"```sh\n{shlex.join(result['command'])}\n```\n")
+        parts.append(f"{level}{section.title}\n\n{section.note}\n\n{shown}")
     return "\n".join(parts)
 
 

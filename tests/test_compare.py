@@ -1,5 +1,6 @@
 """One command trains every entry, survives what fails, stops cleanly, goes on, and reports."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -138,6 +139,24 @@ def test_what_a_page_shows_is_never_run(compared, tmp_path):
     write(result, tmp_path)
     assert "<script" not in (tmp_path / "comparison.html").read_text()
     assert "&#124; |" in markdown(result)
+
+
+def test_the_experiment_is_written_from_the_report(compared):
+    folder = ROOT / "experiments" / "article_comparison"
+    spec = importlib.util.spec_from_file_location("record", folder / "record.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result = module.record(compared[0], "2 cores")
+    assert str(home()) not in json.dumps(result["environment"])
+    text = module.page((folder / "README.md").read_text(), {"cpu": result, "gpu": None})
+    assert "| narrow | " in text
+    assert "(../../docs/images/comparison_cpu.png)" in text
+    assert module.page(text, {"cpu": result, "gpu": None}) == text
+    said = module.outside(result, {"bits_per_byte": [0, 0.1]})
+    assert [line.partition(":")[0] for line in said] == ["refusing", "narrow", "dying"]
+    assert len(module.outside(result, {"bits_per_byte": [0, 10]})) == 2
 
 
 def test_a_comparison_of_nothing_finished_is_still_a_report(compared, tmp_path):
