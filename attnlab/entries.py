@@ -60,12 +60,15 @@ def make_configs(
         label for label, each in configs.items() if any(m.carries for m in mechanisms_of(each))
     ]
     notes = []
-    if carriers and config.task.packing != "stream":
-        for each in configs.values():
-            put(each, "task.packing", "stream")
+    if carriers:
+        who = ", ".join(carriers)
+        if config.task.packing != "stream":
+            for each in configs.values():
+                put(each, "task.packing", "stream")
+            notes.append(f"task.packing is stream for every entry, because of {who}")
         notes.append(
-            f"task.packing is stream for every entry, because {', '.join(carriers)} "
-            f"carr{'ies' if len(carriers) == 1 else 'y'} state from batch to batch"
+            f"handed on from window to window of a document, in training and in scoring: the "
+            f"state of {who}; every other entry sees no further than one window"
         )
     return configs, notes
 

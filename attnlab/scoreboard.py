@@ -133,10 +133,13 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
     planted = [entry for entry in done if entry["needle"]]
     found = []
     if done:
-        head = [f"{row['low']:,}" for row in done[0]["test"]["loss_by_context"]]
+        # One that carries its state counts all of a document, not only one window of it.
+        seen = {e["label"]: {r["low"]: r for r in e["test"]["loss_by_context"]} for e in done}
+        lows = sorted({low for rows in seen.values() for low in rows})
+        head = [f"{low:,}" for low in lows]
         rows = [
-            [e["label"], *(f"{r['bits_per_token']:.3f}" for r in e["test"]["loss_by_context"])]
-            for e in done
+            [label, *(f"{r[low]['bits_per_token']:.3f}" if low in r else "–" for low in lows)]
+            for label, r in seen.items()
         ]
         note = "Bits per token of held-out text, by tokens in sight, from the number above on."
         found.append(Section("Does more context help?", note, ["mechanism", *head], rows))

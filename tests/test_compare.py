@@ -17,7 +17,7 @@ from attnlab.comparison import measure_speed
 from attnlab.config import to_json
 from attnlab.files import read_json
 from attnlab.main import main
-from attnlab.scoreboard import failures, format_table, markdown, table_rows, write
+from attnlab.scoreboard import failures, format_table, markdown, sections, table_rows, write
 
 FILE = """
 from dataclasses import dataclass
@@ -157,6 +157,17 @@ def test_the_experiment_is_written_from_the_report(compared):
     said = module.outside(result, {"bits_per_byte": [0, 0.1]})
     assert [line.partition(":")[0] for line in said] == ["refusing", "narrow", "dying"]
     assert len(module.outside(result, {"bits_per_byte": [0, 10]})) == 2
+
+
+def test_who_sees_further_has_more_columns(compared):
+    result = read_json(compared[0] / "comparison.json")
+    further = json.loads(json.dumps(result["entries"][1])) | {"label": "further"}
+    rows = further["test"]["loss_by_context"]
+    rows.append(rows[-1] | {"low": 64, "high": 128})
+    result["entries"].append(further)
+    context = sections(result)[0]
+    assert [row[-1] for row in context.rows] == ["–", f"{rows[-1]['bits_per_token']:.3f}"]
+    assert {len(row) for row in context.rows} == {len(context.head)}
 
 
 def test_a_comparison_of_nothing_finished_is_still_a_report(compared, tmp_path):

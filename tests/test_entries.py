@@ -103,9 +103,9 @@ def test_one_that_carries_state_sets_stream_for_all_and_says_so(carrier):
     configs, notes = make_configs(tiny(), parse_entries(f"softmax,{carrier}"))
     assert {each.task.packing for each in configs.values()} == {"stream"}
     assert differences(list(configs.values())) == []
-    assert len(notes) == 1
-    assert "task.packing is stream for every entry, because carrier carries" in notes[0]
-    assert make_configs(tiny("task.packing=stream"), parse_entries(carrier))[1] == []
+    assert notes[0] == "task.packing is stream for every entry, because of carrier"
+    assert "the state of carrier;" in notes[1]
+    assert make_configs(tiny("task.packing=stream"), parse_entries(carrier))[1] == notes[1:]
     assert make_configs(tiny(), parse_entries("softmax,window"))[1] == []
 
 
