@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from attnlab.config import base, flat, mechanisms_of, put
+from attnlab.config import flat, mechanisms_of, put
 from attnlab.errors import UserError, did_you_mean
 from attnlab.overrides import override
 
@@ -96,9 +96,7 @@ def _label(attention: str) -> str:
 
 def _config(config: ConfigDict, attention: str) -> ConfigDict:
     """A copy with that attention; options that the config gives to the same one stay."""
-    copy = base(config.attention.name, config.position.name)
-    for path, value in flat(config).items():
-        put(copy, path, value)
+    copy = config.copy_and_resolve_references()
     if attention != config.attention.name:
         override(copy, "attention", attention)
     return copy
