@@ -18,7 +18,7 @@ def key_of(thing: object) -> str:
 def refuse_bias(name: str, rule: Rule) -> None:
     """Raises `UserError` if the position module adds to logits that the mechanism never forms."""
     position: Position = rule.position
-    if position.biased:
+    if position.biased or position.whole:
         raise UserError(
             f"attention {name} forms no logits, so position {key_of(position)} has nothing to add "
             "its bias to; use rope, absolute or none"
