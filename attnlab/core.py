@@ -296,6 +296,11 @@ class Rule:
         """A query must meet all its keys at once: its row is not a merger of parts."""
         return self.normaliser.whole or self.position.whole
 
+    @property
+    def separable(self) -> bool:
+        """Attention over disjoint sets of keys can be merged by its log-sum-exp."""
+        return self.normaliser.separable and not self.position.whole
+
     def rotate(self, z: Array, pos: Array, side: str) -> Array:
         """Queries or keys [B N heads D] as the position module turns them; queries also as the
         normaliser scales them."""
