@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnlab.labels import write_labels
-from attnlab.plots import save_figure, style_of
+from attnlab.plots import ink_of, save_figure, style_of
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -78,13 +78,13 @@ def _scatter(axes: Any, entries: Entries, cost: Cost) -> tuple[Any, dict, dict]:
             continue
         style = style_of(i)
         axes.plot([x], [bits], ls="", color=style["color"], marker=style["marker"], ms=7, mew=0)
-        points[entry["label"]], colours[entry["label"]] = (x, bits), style["color"]
+        points[entry["label"]], colours[entry["label"]] = (x, bits), ink_of(i)
     _name(axes, f"Quality against {cost.title}", cost.axis, "bits per byte")
     if points:
         axes.set_xscale("log")
         for side, values in zip("xy", zip(*points.values())):
             _widen(axes, side, values)
-    _thousands(axes.xaxis)
+        _thousands(axes.xaxis)
     return axes, points, colours
 
 
@@ -116,6 +116,7 @@ def _context(axes: Any, entries: Entries) -> None:
     late: list[float] = []
     for i, entry in enumerate(entries):
         if rows := (entry.get("test") or {}).get("loss_by_context"):
+            rows = [row for row in rows if math.isfinite(row["bits_per_token"])]
             x = [((row["low"] + 1) * row["high"]) ** 0.5 for row in rows]
             y = [row["bits_per_token"] for row in rows]
             axes.plot(x, y, label=entry["label"], **_line(i))

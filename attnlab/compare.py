@@ -22,13 +22,14 @@ from typing import Any, BinaryIO
 from ml_collections import ConfigDict
 
 from attnlab import tasks
-from attnlab.comparison import Entry, collect, format_table, write
+from attnlab.comparison import Entry, collect
 from attnlab.config import to_json
 from attnlab.entries import differences, folder_of, make_configs, parse_entries
 from attnlab.errors import AttnlabError, DataError, UserError
 from attnlab.files import read_json, replace_file
 from attnlab.limits import validate
 from attnlab.plan import estimate_cost
+from attnlab.scoreboard import format_table, write
 from attnlab.signals import Signals
 from attnlab.train import storing
 from attnlab.workdir import Workdir

@@ -389,7 +389,8 @@ class Mechanism:
     cost: ClassVar[Cost]
     carries: ClassVar[bool] = False
     """Training hands the state on from batch to batch (``task.packing=stream``): a memory longer
-    than a batch's rows. The state must then tell documents apart by the segments it keeps."""
+    than a batch's rows. The state must then tell documents apart by the segments it keeps; its
+    arrays are finite and have the rows of the batch as first axis (see `attnlab.carry`)."""
     isotropic: ClassVar[bool] = True
     """Queries and keys turned alike give the same outputs. False for feature maps, which act on
     coordinates: with a position module that rotates, outputs then follow positions themselves."""

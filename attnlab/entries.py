@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from attnlab.config import base, flat, mechanisms_of, put
+from attnlab.config import flat, mechanisms_of, put
 from attnlab.errors import UserError, did_you_mean
 from attnlab.overrides import override
 
@@ -60,12 +60,15 @@ def make_configs(
         label for label, each in configs.items() if any(m.carries for m in mechanisms_of(each))
     ]
     notes = []
-    if carriers and config.task.packing != "stream":
-        for each in configs.values():
-            put(each, "task.packing", "stream")
+    if carriers:
+        who = ", ".join(carriers)
+        if config.task.packing != "stream":
+            for each in configs.values():
+                put(each, "task.packing", "stream")
+            notes.append(f"task.packing is stream for every entry, because of {who}")
         notes.append(
-            f"task.packing is stream for every entry, because {', '.join(carriers)} "
-            f"carr{'ies' if len(carriers) == 1 else 'y'} state from batch to batch"
+            f"handed on from window to window of a document, in training and in scoring: the "
+            f"state of {who}; every other entry sees no further than one window"
         )
     return configs, notes
 
@@ -93,9 +96,7 @@ def _label(attention: str) -> str:
 
 def _config(config: ConfigDict, attention: str) -> ConfigDict:
     """A copy with that attention; options that the config gives to the same one stay."""
-    copy = base(config.attention.name, config.position.name)
-    for path, value in flat(config).items():
-        put(copy, path, value)
+    copy = config.copy_and_resolve_references()
     if attention != config.attention.name:
         override(copy, "attention", attention)
     return copy

@@ -17,7 +17,7 @@ table { border-collapse: collapse; margin: .5rem 0 } td, th { padding: .2rem .9r
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } tr.own td { font-weight: 600 }
 pre { background: #f6f6f4; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }
 img { max-width: 100% } .note { color: #666 } .wide { overflow-x: auto }
-.wide td, .wide th { white-space: nowrap }
+.wide { font-size: 13px } .wide td, .wide th { white-space: nowrap }
 """
 
 NUMBER = re.compile(r"[\d,]+(\.\d+)?(e\+\d+)?[kMGT]?( [kMGT]?B)?")

@@ -32,6 +32,14 @@ def style_of(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[turn], "marker": MARKERS[turn]}
 
 
+def ink_of(i: int) -> str:
+    """The colour of line ``i`` dark enough to be read as text on white."""
+    colour = COLOURS[i % len(COLOURS)]
+    parts = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+    light = (0.3 * parts[0] + 0.59 * parts[1] + 0.11 * parts[2]) / 255
+    return "#" + "".join(f"{int(part * min(1.0, 0.52 / light)):02x}" for part in parts)
+
+
 def _axes(width: float = 8, height: float = 4.2):
     from matplotlib.figure import Figure
 

@@ -7,7 +7,7 @@ import pytest
 from battery.calls import QUICK, assert_close
 
 from attnlab.core import Dims, Keys, Queries, Rule
-from attnlab.engines import bucketed, rings, union
+from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.positions.alibi import Alibi
 from attnlab.positions.rope import Rope
 
@@ -37,7 +37,7 @@ def compiled(form):
 
 
 def fast(queries, keys, rule, code, buckets, length):
-    plan, reach = bucketed.plan_runs(code, buckets, length, queries, rule.causal)
+    plan, reach = sorting.plan_runs(code, buckets, length, queries, rule.causal)
     return bucketed.attend(queries, keys, rule, plan, reach)
 
 
@@ -88,7 +88,7 @@ def test_without_the_union_a_pair_weighs_as_often_as_it_meets():
     queries, keys, code = draw(40, 3, 2)
 
     def counted(queries, keys, rule, code, buckets, length):
-        plan, reach = bucketed.plan_runs(code, buckets, length, queries, rule.causal)
+        plan, reach = sorting.plan_runs(code, buckets, length, queries, rule.causal)
         return bucketed.attend(queries, keys, rule, plan, reach._replace(united=False))
 
     def counted_literally(queries, keys, rule, code, buckets, length):

@@ -13,12 +13,14 @@ from attnlab.config import (
     from_json,
     kinds,
     mechanisms_of,
+    model_of,
+    normaliser_of,
     parse_arg,
     position_of,
     section,
     to_json,
 )
-from attnlab.core import mechanisms, positions
+from attnlab.core import mechanisms, normalisers, positions
 from attnlab.errors import UserError
 from attnlab.overrides import load, override
 
@@ -174,6 +176,24 @@ def test_a_stored_config_of_another_version_names_the_fields():
         from_json(json.dumps(stored), "runs/a/config.json")
     for part in ("runs/a/config.json", "unknown model.experts", "missing train.keep (now 3)"):
         assert part in str(error.value)
+
+
+def test_a_stored_config_from_before_there_were_normalisers_means_softmax():
+    stored = json.loads(to_json(base("window")))
+    del stored["normaliser"]
+    assert from_json(json.dumps(stored)) == base("window")
+
+
+def test_the_normaliser_is_chosen_like_the_rest():
+    lm = load("configs/lm.py:normaliser=top_k")
+    override(lm, "normaliser.k", "8")
+    assert normaliser_of(lm) == normalisers.get("top_k")(k=8)
+    assert model_of(lm, 17).normaliser == normaliser_of(lm)
+    assert from_json(to_json(lm)) == lm
+    override(lm, "normaliser", "ssmax")
+    assert lm.normaliser.to_dict() == {"name": "ssmax", "length": 512}
+    with pytest.raises(UserError, match="did you mean 'ssmax'"):
+        base(normaliser="ssmx")
 
 
 @pytest.mark.parametrize(

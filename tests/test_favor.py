@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import assert_close, attend, outputs, quick_outputs
+from battery.calls import assert_close, outputs, quick_outputs
 from battery.cases import Case, documents, draw, initial
 
 from attnlab.errors import UserError
@@ -60,21 +60,20 @@ def test_projections_are_drawn_anew_when_due_and_only_with_a_key():
     inputs = draw(case)._replace(params=initial(case))
 
     @jax.jit
-    def step(statistics):
-        new = inputs._replace(params=({"statistics": statistics}, {}))
-        return attend(case, new).aux["statistics"]
+    def step(statistics, key):
+        params, rule = {"statistics": statistics}, case.rule({})
+        result = case.mechanism(params, inputs.queries(), inputs.keys(), rule, key=key)
+        return result.aux["statistics"]
 
     (params, _), seen = inputs.params, []
     statistics = params["statistics"]
-    for _ in range(7):
-        after = step(statistics)
+    for number in range(7):
+        after = step(statistics, jax.random.key(number))
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, statistics)
         seen.append(bool(np.any(after["projection"] != statistics["projection"])))
         statistics = after
     assert seen == [False, False, True, False, False, True, False]
-    due = {"statistics": statistics | {"age": jnp.float32(100)}}
-    rule = case.rule({})
-    kept = case.mechanism(due, inputs.queries(), inputs.keys(), rule).aux["statistics"]
+    kept = step(statistics | {"age": jnp.float32(100)}, None)
     np.testing.assert_array_equal(kept["projection"], statistics["projection"])
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from attnlab.core import mechanisms, positions
+from attnlab.core import mechanisms, normalisers, positions
 from attnlab.listing import show, table
 
 
 @pytest.mark.parametrize(
-    ("kind", "registry"), [("mechanisms", mechanisms), ("positions", positions)]
+    ("kind", "registry"),
+    [("mechanisms", mechanisms), ("positions", positions), ("normalisers", normalisers)],
 )
 def test_every_choice_has_a_row_with_its_first_sentence(capsys, kind, registry):
     show(kind)
@@ -27,7 +28,8 @@ def test_mechanisms_show_how_their_cost_grows(capsys):
 def test_without_a_name_all_kinds_are_shown(capsys):
     show()
     out = capsys.readouterr().out
-    assert all(f"{kind}:" in out for kind in ("mechanisms", "positions", "tasks", "corpora"))
+    kinds = ("mechanisms", "positions", "normalisers", "tasks", "corpora")
+    assert all(f"{kind}:" in out for kind in kinds)
     assert "kjv" in out
     assert "text" in out
 
@@ -40,6 +42,15 @@ def test_a_card_has_the_docstring_and_the_options_as_they_are_typed(capsys):
     assert "Beltagy" in out
     show("none")
     assert "position=none" in capsys.readouterr().out
+
+
+def test_a_name_of_several_kinds_shows_a_card_of_each(capsys):
+    show("softmax")
+    out = capsys.readouterr().out
+    assert "attention=softmax" in out
+    assert "normaliser=softmax" in out
+    show("top_k")
+    assert "--config.normaliser.k=16" in capsys.readouterr().out
 
 
 def test_table_aligns_columns():

@@ -10,6 +10,7 @@ from battery.calls import QUICK, assert_close, quick_outputs
 from battery.cases import DIMS, Case, documents, draw
 from battery.continuation import extend
 
+from attnlab.core import Rule
 from attnlab.errors import UserError
 from attnlab.mechanisms.lsh import Lsh, factors, hash_directions
 from attnlab.positions.none import NoPosition
@@ -103,7 +104,7 @@ def test_a_key_draws_other_directions_and_none_draws_those_of_the_seed():
 
     def call(key, seed=0):
         mechanism = Lsh(1, 4, 4, seed)
-        return mechanism({}, inputs.queries(), inputs.keys(), case.rule({}), key=key).out
+        return mechanism({}, inputs.queries(), inputs.keys(), Rule(), key=key).out
 
     call = jax.jit(call, static_argnums=1, compiler_options=QUICK)
     np.testing.assert_array_equal(call(None), call(None))

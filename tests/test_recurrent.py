@@ -1,6 +1,7 @@
 """Chunked sums over the past compute the recurrence, token by token, and all of its gradients."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ B, N, H, G, D, E = 2, 29, 4, 2, 3, 5
 DECAYS = {"none": (0, 0), "scalar": (1, 0), "key": (D, 0), "value": (0, E), "both": (D, E)}
 
 
-def draw(decay="none", length=N, strength=1.0, seed=0):
+def draw(decay="none", length=N, strength=1.0, seed=0) -> dict[str, Any]:
     normal = np.random.default_rng(seed).standard_normal
     q, k, v = (normal((B, length, h, d), np.float32) for h, d in ((H, D), (G, D), (G, E)))
     a, b = (
@@ -147,11 +148,12 @@ def test_the_backward_pass_keeps_boundaries_only():
         token = jnp.zeros((1, length, 1, width))
         seg = jnp.zeros((1, length), jnp.int32)
 
-        def pullback(q, k, v, a, b):
+        def pullback(*tokens):
             def call(*z):
-                return recurrent.attend(*z[:3], seg, key_decay=z[3], value_decay=z[4], chunk=16)
+                q, k, v, a, b = z
+                return recurrent.attend(q, k, v, seg, key_decay=a, value_decay=b, chunk=16)
 
-            return jax.vjp(call, q, k, v, a, b)[1]
+            return jax.vjp(call, *tokens)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(pullback, *[token] * 5))
         return sum(z.size for z in leaves)

@@ -1,7 +1,5 @@
 """The published chunk rule leaks where time has an order; what is sold here is bidirectional."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,7 @@ from attnlab.positions.none import NoPosition
 N, T = 64, 40
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def published(q, k, v, pos, seg):
     """The causal form, which no configuration reaches."""
     case = Case(Reformer(), NoPosition())
@@ -30,7 +28,7 @@ def published(q, k, v, pos, seg):
     return bucketed.attend(queries, keys, Rule(), plan, reach)[0]
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def strict(q, k, v, pos, seg):
     inputs = draw(Case(Lsh(), NoPosition()), length=N)
     inputs = inputs._replace(q=q, k=k, v=v, pos=pos, seg=seg)

@@ -114,7 +114,7 @@ def test_the_published_selection_leaks_through_no_gradient():
     inputs, noise = draw(case, length=N), draw(case, length=N, seed=1)
     centroids = inputs.params[0]["statistics"]["centroids"]
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def published(q):
         z = inputs._replace(q=q)
         u = normalise(bucketed.tie(z.queries(), z.keys()))

@@ -29,7 +29,7 @@ def test_the_maximum_is_of_the_past_of_the_same_document():
     np.testing.assert_array_equal(last.top, top[:, -1])
     assert last.seg == 3
     full = SEG[..., None] >= 0
-    assert_close(weight, np.where(full, np.exp(LOG - top), 0))
+    assert_close(weight, np.where(full, np.exp(np.where(full, LOG - top, 0)), 0))
     assert np.all(np.asarray(decay) <= 0)
     assert np.all(np.asarray(weight).max(-1)[SEG >= 0] <= 1)
 

@@ -60,9 +60,10 @@ def test_engines_know_no_mechanism():
     check("engines", (*FOUNDATION, "engines"))
 
 
-def test_mechanisms_and_positions_do_not_know_each_other_nor_the_model():
+def test_mechanisms_positions_and_normalisers_do_not_know_each_other_nor_the_model():
     check("mechanisms", (*FOUNDATION, "engines", "mechanisms"))
     check("positions", (*FOUNDATION, "positions"))
+    check("normalisers", (*FOUNDATION, "normalisers"))
 
 
 def test_the_model_knows_neither_config_nor_data():

@@ -11,7 +11,7 @@ the backward pass. Source: Munkhdalai et al., arXiv 2404.07143; chunks: Yang et 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +167,6 @@ def _written(memory: Memory, t: Tokens, w: Array) -> Memory:
     return Memory(past, kept(same & ~moved, memory.now) + total(running), seg, segment)
 
 
-def local_of(keys: Keys, state: State | tuple[()]) -> tuple[Keys, Keys | tuple[()]]:
+def local_of(keys: Keys, state: State | tuple[()]) -> tuple[Keys, Any]:
     """The keys of the segment that is being written, old and new, and those to remember."""
     return segments.remember(keys, state.local if state else ())

@@ -222,7 +222,7 @@ def _backward(residuals, cotangents):
         def step(t, carry):
             d_rule, dk, dv, dq = carry
             at, k_t, v_t, k_pos, k_seg = _listed(table[..., t], (k, v), answering)
-            z, pull = jax.vjp(lambda *z: _biased(*z, pos, k_pos), rule, q, k_t)
+            z, pull = jax.vjp(lambda rule, q, k: _biased(rule, q, k, pos, k_pos), rule, q, k_t)
             seen = _seen(rule, pos, seg, k_pos, k_seg)
             p = jnp.where(seen, jnp.exp(z - lse[..., None]), 0.0)
             dp = _dot("bhne,bhme->bhnm", d_out, v_t)

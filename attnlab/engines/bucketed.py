@@ -13,7 +13,7 @@ A token meets itself only where it meets nothing else: with one vector for query
 logit is always the largest. Source: Kitaev et al., arXiv 2001.04451.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -60,65 +60,6 @@ def tie(queries: Queries, keys: Keys) -> Array:
     return (q.astype(jnp.float32) + k.astype(jnp.float32)) * 2**-0.5
 
 
-def plan_runs(
-    buckets: Array, count: int, length: int, queries: Queries, causal: bool
-) -> tuple[Plan, Reach]:
-    """Each token meets the ``length`` tokens of its bucket and document nearest to it in time, on
-    either side (causal rules hide one).
-
-    ``buckets`` [R B H N] in 0 .. ``count`` − 1. Every bucket begins a new tile, so that the place
-    of a token in its tile depends on the tokens before it alone, and so do all its roundings.
-    """
-    N = queries.pos.shape[1]
-    length = min(length, N)
-    chunk = min(N, max(8, -(-length // 4)))
-    buckets = jnp.where(queries.seg[:, None] >= 0, buckets, count)
-    bucket, order, rank = sort_tokens(queries, buckets)
-    first = _search(bucket, jnp.arange(count + 1))
-    size = jnp.diff(first)
-    tiles = -(-size // chunk)
-    end = jnp.cumsum(tiles, -1)
-    start = end - tiles
-    T = max(1, min(N, (N + count * (chunk - 1)) // chunk))
-    owner = jnp.minimum(_search(end, jnp.arange(T), "right"), count - 1)
-
-    def of_owner(z: Array) -> Array:
-        return jnp.take_along_axis(z, owner, -1)[..., None]
-
-    steps = jnp.arange(chunk)
-    offset = (jnp.arange(T) - jnp.take_along_axis(start, owner, -1))[..., None] * chunk + steps
-    taken = jnp.minimum(of_owner(first) + offset, N - 1)
-    token = jnp.take_along_axis(order, taken.reshape(*taken.shape[:-2], -1), -1)
-    token = jnp.where(offset < of_owner(size), token.reshape(taken.shape), -1)
-    inside = jnp.minimum(buckets, count - 1)
-    begin = jnp.take_along_axis(start * chunk - first[..., :-1], inside, -1)
-    slot = jnp.clip(begin + rank, 0, T * chunk - 1)
-    tiles_back = -(-length // chunk)
-    reach = Reach(length, tiles_back, 0 if causal else tiles_back)
-    return Plan(token, slot, rank + (length + 1) * buckets), reach
-
-
-def sort_tokens(queries: Queries, *labels: Array) -> tuple[Array, ...]:
-    """Tokens by ``labels`` [R B H N], then document, then position: the labels in that order, the
-    token at each rank, and the rank of each token."""
-    index = lax.broadcasted_iota(jnp.int32, queries.pos.shape, 1)
-    empty_last = jnp.where(queries.seg >= 0, queries.seg, jnp.iinfo(jnp.int32).max)
-    *_, by_time = lax.sort((empty_last, queries.pos, index), num_keys=2)
-    age = jnp.argsort(by_time, -1)[:, None]
-    shape = labels[0].shape
-    index, age = jnp.broadcast_to(index[:, None], shape), jnp.broadcast_to(age, shape)
-    *found, _, order = lax.sort((*labels, age, index), num_keys=len(labels) + 1)
-    _, rank = lax.sort((order, index), num_keys=1)
-    return (*found, order, rank)
-
-
-def _search(rows: Array, values: Array, side: str = "left") -> Array:
-    """`searchsorted` of ``values`` [K] in every sorted row of ``rows`` [... n]: [... K] int32."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    found = jax.vmap(lambda row: jnp.searchsorted(row, values, side=side))(flat)
-    return found.astype(jnp.int32).reshape(*rows.shape[:-1], -1)
-
-
 def attend(
     queries: Queries, keys: Keys, rule: Rule, plan: Plan, reach: Reach
 ) -> tuple[Array, Array]:
@@ -159,7 +100,7 @@ def local_logits(rule: Rule, q: Array, k: Array, q_pos: Array, k_pos: Array) -> 
         head, q, k, q_pos, k_pos = xs
         z = rule.product(q[:, None], k[:, None])[:, 0]
         alike = jnp.broadcast_to(q[:, None], (q.shape[0], H, *q.shape[1:]))
-        bias = rule.bias(alike, q_pos, k_pos)
+        bias = jnp.asarray(rule.bias(alike, q_pos, k_pos))
         return z + jnp.broadcast_to(bias, (z.shape[0], H, *z.shape[1:]))[:, head]
 
     return lax.map(one, (jnp.arange(H), q, k, q_pos, k_pos))
@@ -193,7 +134,7 @@ def _folded(z: Array, reach: Reach) -> Array:
         jnp.pad(part, [*spread, (i, many - 1 - i), (0, 0), (0, 0)])
         for i, part in enumerate(jnp.split(z, many, 3))
     )
-    return sum(parts)[:, :, reach.before : reach.before + T]
+    return reduce(jnp.add, parts)[:, :, reach.before : reach.before + T]
 
 
 def _heads_first(z: Array) -> Array:
@@ -242,8 +183,9 @@ def _tiles(reach: Reach, rule: Rule, q, k, v, tokens, codes: Array, plan: Plan) 
     return _Tiles(*map(_heads_first, (q, k, v)), q_pos, k_pos, seen, often)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan: Plan):
+def _unite(
+    reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan: Plan
+) -> tuple[Array, Array]:
     """Heads first [B H N X] in and out, ``out`` f32; see `attend`."""
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -274,7 +216,7 @@ def _attend(reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan
 
 
 def _forward(reach, rule, q, k, v, tokens, plan):
-    out, lse = _attend(reach, rule, q, k, v, tokens, plan)
+    out, lse = _unite(reach, rule, q, k, v, tokens, plan)
     return (out, lse), (rule, q, k, v, tokens, plan, out, lse)
 
 
@@ -290,7 +232,9 @@ def _backward(reach, residuals, cotangents):
     def add_round(carry, plan_r):
         B, H, T, _ = plan_r.token.shape
         t = _tiles(reach, rule, q, k, v, tokens, plan.code, plan_r)
-        z, pull = jax.vjp(lambda *z: local_logits(*z, t.q_pos, t.k_pos), rule, t.q, t.k)
+        z, pull = jax.vjp(
+            lambda rule, q, k: local_logits(rule, q, k, t.q_pos, t.k_pos), rule, t.q, t.k
+        )
         rows = _heads_first(_placed(of_rows, plan_r.token))
         do = _heads_first(_placed(d_out.astype(v.dtype), plan_r.token))
         p = jnp.where(t.seen, jnp.exp(z - t.often - rows[..., :1]), 0.0)
@@ -312,4 +256,5 @@ def _backward(reach, residuals, cotangents):
     return d_rule, dq, dk, dv, None, None
 
 
+_attend = jax.custom_vjp(_unite, nondiff_argnums=(0,))
 _attend.defvjp(_forward, _backward)

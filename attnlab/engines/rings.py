@@ -39,8 +39,9 @@ def empty(
 def attend(
     rings: Rings, queries: Queries, keys: Keys, rule: Rule, buckets: Array
 ) -> tuple[Array, Rings]:
-    """One token after the other: what `bucketed.attend` of a plan of runs gives them, and the rings
-    with them in it. ``buckets`` [R B H N]; other shapes as there. Cost: O(R C (D + E)) a token."""
+    """One token after the other: what `bucketed.attend` gives them by a plan of `sorting`, and
+    the rings with them in it. ``buckets`` [R B H N]; other shapes as there. Cost: O(R C (D + E))
+    a token."""
     queries, keys = queries.cleared(), keys.cleared()
     H = queries.q.shape[2]
     q = rule.rotate(queries.q, queries.pos, "query")

@@ -3,6 +3,7 @@ which keys a segment sees, and what a memory keeps of them."""
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def take(tokens, slots: Array):
     return jax.tree.map(one, tokens)
 
 
-def remember(keys: Keys, state) -> tuple[Keys, Keys | tuple[()]]:
+def remember(keys: Keys, state: Any) -> tuple[Keys, Any]:
     """All keys in sight, and the newest of them, as many as ``state`` holds; without a state, the
     keys as they are."""
     if not state:

@@ -147,8 +147,9 @@ def _refuse(rule: Rule) -> None:
     refuse_bidirectional("fenwick", rule, "its levels reach into the past only")
 
 
-def _weights(params, x: Array) -> tuple[Array, Array]:
+def _weights(params, x: Array | None) -> tuple[Array, Array]:
     """λ [B N H L] and log a [B N G], f32."""
+    assert x is not None, "levels and gates read the block's input"
     x = x.astype(jnp.float32)
     level = jnp.einsum("bnw,whl->bnhl", x, params["level"]) + params["level_bias"]
     gate = jnp.einsum("bnw,wg->bng", x, params["gate"]) + params["gate_bias"]

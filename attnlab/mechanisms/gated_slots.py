@@ -64,15 +64,15 @@ class GatedSlots(Mechanism):
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         refuse_unordered("gated_slots", rule)
         q, k = rotated(queries, keys, rule)
-        past = state or State((), ())
+        past_keys, past_values = state or ((), ())
         decay = self._log_gate(params, x)
         write = -jnp.expm1(decay)
         z, slot_keys = recurrent.attend(
-            q, k, write, keys.seg, past.keys, value_decay=decay, chunk=self.chunk
+            q, k, write, keys.seg, past_keys, value_decay=decay, chunk=self.chunk
         )
         p = jax.nn.softmax(z * scale_of(rule, q), -1)
         out, values = recurrent.attend(
-            p, write, keys.v, keys.seg, past.values, key_decay=decay, chunk=self.chunk
+            p, write, keys.v, keys.seg, past_values, key_decay=decay, chunk=self.chunk
         )
         out = rule.tap("heads", out.astype(queries.q.dtype))
         return Result(out, State(slot_keys, values) if state else state)
@@ -91,8 +91,9 @@ class GatedSlots(Mechanism):
         out = jnp.einsum("bnhm,bnhme->bnhe", p, v).astype(queries.q.dtype)
         return Result(rule.tap("heads", out), state)
 
-    def _log_gate(self, params, x: Array) -> Array:
+    def _log_gate(self, params, x: Array | None) -> Array:
         """log α [B N G m], f32."""
+        assert x is not None, "gates read the block's input"
         z = jnp.einsum("bnw,wgm->bngm", x.astype(jnp.float32), params["gate"])
         return jax.nn.log_sigmoid(z) / self.damping
 

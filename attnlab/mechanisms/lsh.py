@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Mechanism, Result, count_pairs
-from attnlab.engines import bucketed, rings, union
+from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.errors import UserError
-from attnlab.refusals import refuse_normaliser
+from attnlab.refusals import refuse_normaliser, refuse_taps
 from attnlab.registry import register
 
 FACTORISED = 64
@@ -101,9 +101,10 @@ class Lsh(Mechanism):
             return self.reference(params, queries, keys, rule, key=key)
         queries, keys, buckets = self._hashed(queries, keys, key)
         if state:
+            refuse_taps("lsh with a state", rule)
             out, state = rings.attend(state, queries, keys, rule, buckets)
             return Result(out, state)
-        plan, reach = bucketed.plan_runs(buckets, self.buckets, self.length, queries, rule.causal)
+        plan, reach = sorting.plan_runs(buckets, self.buckets, self.length, queries, rule.causal)
         out, lse = bucketed.attend(queries, keys, rule, plan, reach)
         return Result(out, state, {"lse": lse})
 
@@ -111,6 +112,7 @@ class Lsh(Mechanism):
         refuse_normaliser("lsh", rule)
         queries, keys, buckets = self._hashed(queries, keys, key)
         if state:
+            refuse_taps("lsh with a state", rule)
             out, state = rings.attend(state, queries, keys, rule, buckets)
             return Result(out, state)
         met = jnp.stack([union.meet(z, self.length, queries) for z in buckets]).any(0)

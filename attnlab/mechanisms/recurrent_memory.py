@@ -9,26 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
-from attnlab.engines import blockwise, report_use, segments
+from attnlab.engines import blockwise, memory_slots, segments
+from attnlab.engines.memory_slots import Carry, Partial, Slots
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_bidirectional, refuse_normaliser
 from attnlab.registry import register
-
-
-class Slots(NamedTuple):
-    """What is read: keys [B m G D] and values [B m G E], f32."""
-
-    k: Array
-    v: Array
-
-
-class Partial(NamedTuple):
-    """A softmax of the write queries over the tokens so far: ``top``, ``total`` [B H m] and
-    ``out`` [B H m E], f32, not yet divided."""
-
-    top: Array
-    total: Array
-    out: Array
 
 
 class State(NamedTuple):
@@ -39,15 +24,6 @@ class State(NamedTuple):
     written: Partial
     count: Array
     local: Keys
-
-
-class Carry(NamedTuple):
-    """`State` inside a call: ``seg`` and ``block`` [B] of the last token."""
-
-    slots: Slots
-    written: Partial
-    seg: Array
-    block: Array
 
 
 @register
@@ -86,26 +62,18 @@ class RecurrentMemory(Mechanism):
         if self.slots == 0:
             return {}
         H, G, D, E = dims.heads, dims.kv_heads, dims.key_dim, dims.value_dim
-        draw = [
-            jax.random.normal(k, s)
-            for k, s in zip(
-                jax.random.split(key, 5),
-                (
-                    (self.slots, G, D),
-                    (self.slots, G, E),
-                    (self.slots, H, D),
-                    (H, E, G, D),
-                    (H, E, G, E),
-                ),
-            )
-        ]
-        wide = (H * E) ** -0.5
+        m, wide = self.slots, (H * E) ** -0.5
+        sizes = {
+            "key": ((m, G, D), 1.0),
+            "value": ((m, G, E), 1.0),
+            "query": ((m, H, D), 1.0),
+            "to_key": ((H, E, G, D), wide),
+            "to_value": ((H, E, G, E), wide),
+        }
+        draws = jax.random.split(key, len(sizes))
         return {
-            "key": draw[0],
-            "value": draw[1],
-            "query": draw[2],
-            "to_key": draw[3] * wide,
-            "to_value": draw[4] * wide,
+            name: scale * jax.random.normal(draw, shape)
+            for draw, (name, (shape, scale)) in zip(draws, sizes.items())
         }
 
     def initial_state(self, dims: Dims, batch: int, dtype=jnp.float32) -> State:
@@ -113,14 +81,14 @@ class RecurrentMemory(Mechanism):
         k = jnp.zeros((batch, self.slots, G, D), jnp.float32)
         v = jnp.zeros((batch, self.slots, G, E), jnp.float32)
         local = Keys.empty(dims, batch, self.segment, dtype)
-        written = _nothing_written(batch, dims.heads, self.slots, E)
+        written = memory_slots.nothing_written(batch, dims.heads, self.slots, E)
         return State(Slots(k, v), written, jnp.zeros(batch, jnp.int32), local)
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         _refuse(rule)
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
-        before = state or self._nothing(params, queries, keys)
+        before = state or self._nothing(queries, keys)
         block, count = segments.number(
             keys.seg, self.segment, before.local.seg[:, -1], before.count
         )
@@ -130,7 +98,7 @@ class RecurrentMemory(Mechanism):
         slots, written = before.slots, before.written
         if self.slots:
             carry = Carry(slots, written, before.local.seg[:, -1], jnp.zeros_like(before.count))
-            read, carry = _read(params, queries, keys, rule, block, carry, self.segment)
+            read, carry = memory_slots.read(params, queries, keys, rule, block, carry, self.segment)
             attended, (slots, written, *_) = segments.join(attended, read), carry
         if state:
             _, local = segments.remember(keys, state.local)
@@ -139,16 +107,17 @@ class RecurrentMemory(Mechanism):
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         _refuse(rule)
-        before = state or self._nothing(params, queries, keys)
+        before = state or self._nothing(queries, keys)
         slots, block, after = _token_by_token(params, keys, rule, before)
         asking, here = queries._replace(seg=block), _in_blocks(keys, block, before)
         bare, H = dataclasses.replace(rule, taps=()), queries.q.shape[2]
-        q = queries.cleared().q.astype(jnp.float32)
+        content = memory_slots.content(rule)
+        q = content.rotate(queries.cleared().q, queries.pos, "query").astype(jnp.float32)
 
         def heads(z: Array) -> Array:
             return jnp.repeat(z.astype(jnp.float32), H // z.shape[-2], -2)
 
-        read = jax.vmap(_content(rule).product, 1, 2)  # one token after the other
+        read = jax.vmap(content.product, 1, 2)  # one token after the other
         z = read(q[..., None, :], jnp.swapaxes(slots.k, 2, 3))[..., 0, :]
         z = jnp.concatenate([z, bare.logits(asking, here)], -1)
         seen = jnp.broadcast_to((block >= 0)[:, None, :, None], (*z.shape[:3], self.slots))
@@ -164,7 +133,7 @@ class RecurrentMemory(Mechanism):
         out = rule.tap("heads", out.astype(queries.q.dtype))
         return Result(out, after if state else (), {"lse": lse, "probs": probs})
 
-    def _nothing(self, params, queries: Queries, keys: Keys) -> State:
+    def _nothing(self, queries: Queries, keys: Keys) -> State:
         H, (B, _, G, D), E = queries.q.shape[2], keys.k.shape, keys.v.shape[-1]
         return self.initial_state(Dims(0, H, G, D, E), B, keys.k.dtype)
 
@@ -184,11 +153,6 @@ class RecurrentMemory(Mechanism):
         return (cls(segment=5, slots=3), cls(segment=6, slots=0))
 
 
-def _content(rule: Rule) -> Rule:
-    """The same scale and cap, and no positions."""
-    return Rule(scale=rule.scale, soft_cap=rule.soft_cap)
-
-
 def _in_blocks(keys: Keys, block: Array, before: State) -> Keys:
     """The tokens of the running segment and the new ones, with numbers of segments for ``seg``."""
     slot = jnp.arange(before.local.seg.shape[1])
@@ -197,143 +161,34 @@ def _in_blocks(keys: Keys, block: Array, before: State) -> Keys:
     return local.extended(keys._replace(seg=block))
 
 
-def _read(
-    params, queries: Queries, keys: Keys, rule: Rule, block: Array, carry: Carry, segment: int
-) -> tuple[tuple[Array, Array], Carry]:
-    """``(out, lse)`` over the slots, a chunk of at most ``segment`` tokens at a time: it holds the
-    end of the running segment, the beginning of the next, and documents that begin in it."""
-    report_use("recurrent_memory", "XLA")
-    B, N, H, _ = queries.q.shape
-    size = min(N, segment, 256)
-
-    def tiled(z: Array, fill: int = 0) -> Array:
-        pad = [(0, 0), (0, -N % size)] + [(0, 0)] * (z.ndim - 2)
-        z = jnp.pad(z, pad, constant_values=fill)
-        return jnp.moveaxis(z.reshape(B, -1, size, *z.shape[2:]), 1, 0)
-
-    q, k, v = (tiled(z.astype(jnp.float32)) for z in (queries.cleared().q, *keys.cleared()[:2]))
-    content = _content(rule)
-    start = Slots(*(jnp.broadcast_to(params[z], (B, *params[z].shape)) for z in ("key", "value")))
-    carry = carry._replace(slots=_either(carry.seg >= 0, carry.slots, start))
-
-    @jax.checkpoint
-    def step(carry, part):
-        return _chunk(params, content, start, carry, *part)
-
-    carry, (out, lse) = lax.scan(step, carry, (q, k, v, tiled(keys.seg, -1), tiled(block, -1)))
-    out = jnp.moveaxis(out, 0, 1).reshape(B, -1, H, out.shape[-1])[:, :N]
-    lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
-    return (out.astype(queries.q.dtype), lse), carry
-
-
-def _chunk(params, rule: Rule, start: Slots, carry: Carry, q, k, v, seg, block):
-    full = block >= 0
-    same = full & (seg == carry.seg[:, None])
-    going = same & (block == carry.block[:, None])
-    moved = same & ~going
-    asking = jnp.swapaxes(
-        jnp.broadcast_to(params["query"], (q.shape[0], *params["query"].shape)), 1, 2
-    )
-    z = rule.product(asking, jnp.swapaxes(k, 1, 2))
-    second = _rewritten(params, rule, carry.slots, _more(carry.written, z, v, going))
-    choices = carry.slots, second, start
-    which = jnp.stack([going, moved, full & ~same], -1)
-    read = _look(rule, q, choices, which)
-
-    last = jnp.max(jnp.where(full, jnp.arange(full.shape[1]), 0), 1, keepdims=True)
-    seg, last = (jnp.take_along_axis(y, last, 1)[:, 0] for y in (seg, block))
-    some = last >= 0
-    seg, last = jnp.where(some, seg, carry.seg), jnp.where(some, last, carry.block)
-    stays = (seg == carry.seg) & (last == carry.block)
-    slots = _either(stays, carry.slots, _either(seg == carry.seg, second, start))
-    none = _nothing_written(*carry.written.out.shape)
-    written = _more(_either(stays, carry.written, none), z, v, full & (block == last[:, None]))
-    return Carry(slots, written, seg, last), read
-
-
-def _look(rule: Rule, q: Array, choices: tuple[Slots, ...], which: Array) -> tuple[Array, Array]:
-    """Softmax over the slots of the choice that ``which`` [B C choices] makes for each query:
-    ``out`` [B C H E], ``lse`` [B H C]."""
-    k, v = (jnp.concatenate(z, 1) for z in zip(*choices))
-    seen = jnp.repeat(which, k.shape[1] // which.shape[-1], -1)[:, None]
-    z = rule.product(jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2))
-    z = jnp.where(seen, z, MASK)
-    probs = jnp.where(seen, jax.nn.softmax(z, -1), 0)
-    lse = jnp.where(jnp.any(seen, -1), jax.nn.logsumexp(z, -1), MASK)
-    return jnp.swapaxes(_weigh(probs, v), 1, 2), lse
-
-
-def _weigh(weight: Array, v: Array) -> Array:
-    """[B H n M], [B M G E] -> [B H n E]."""
-    B, H, n, M = weight.shape
-    weight = weight.reshape(B, v.shape[2], -1, n, M)
-    return jnp.einsum("bgrnm,bmge->bgrne", weight, v).reshape(B, H, n, -1)
-
-
-def _nothing_written(batch: int, heads: int, slots: int, value_dim: int) -> Partial:
-    zero = jnp.zeros((batch, heads, slots), jnp.float32)
-    return Partial(zero + MASK, zero, jnp.zeros((*zero.shape, value_dim), jnp.float32))
-
-
-def _more(written: Partial, z: Array, v: Array, which: Array) -> Partial:
-    """``written`` and the tokens ``which`` [B C], with logits z [B H m C] and values [B C G E]."""
-    which = which[:, None, None]
-    z = jnp.where(which, z, MASK)
-    top = lax.stop_gradient(jnp.maximum(written.top, jnp.max(z, -1)))
-    shrink = jnp.exp(written.top - top)
-    weight = jnp.where(which, jnp.exp(z - top[..., None]), 0)
-    total = written.total * shrink + jnp.sum(weight, -1)
-    return Partial(top, total, written.out * shrink[..., None] + _weigh(weight, v))
-
-
-def _rewritten(params, rule: Rule, slots: Slots, written: Partial) -> Slots:
-    """The slots of the next segment: R_0 + o (W_k, W_v)."""
-    B, m = slots.k.shape[:2]
-    asking = jnp.swapaxes(jnp.broadcast_to(params["query"], (B, *params["query"].shape)), 1, 2)
-    z = rule.product(asking, jnp.swapaxes(slots.k, 1, 2))
-    whole = _more(written, z, slots.v, jnp.ones((B, m), bool))
-    out = whole.out / whole.total[..., None]
-    k = params["key"] + jnp.einsum("bhme,hegd->bmgd", out, params["to_key"])
-    return Slots(k, params["value"] + jnp.einsum("bhme,hegf->bmgf", out, params["to_value"]))
-
-
-def _either(which: Array, a, b):
-    """Rows of pytree ``a`` where ``which`` [B], else of ``b``."""
-    return jax.tree.map(lambda x, y: jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
-
-
 def _token_by_token(params, keys: Keys, rule: Rule, before: State) -> tuple[Slots, Array, State]:
     """What every token reads, [B N m G ·], the number of its segment, and the state behind."""
-    S, m = before.local.pos.shape[1], before.slots.k.shape[1]
-    B, content = keys.pos.shape[0], _content(rule)
-    start = before.slots
-    if m:
-        start = Slots(
-            *(jnp.broadcast_to(params[z], (B, *params[z].shape)) for z in ("key", "value"))
-        )
-    cleared = Keys(*(z.astype(jnp.float32) for z in keys.cleared()[:2]), *keys[2:])
+    S, m, B = before.local.pos.shape[1], before.slots.k.shape[1], keys.pos.shape[0]
+    content = memory_slots.content(rule)
+    start = memory_slots.start_of(params, B) if m else before.slots
 
     def written(k: Array, v: Array, count: Array) -> Partial:
-        none = _nothing_written(B, before.written.top.shape[1], m, v.shape[-1])
+        none = memory_slots.nothing_written(*before.written.out.shape)
         if m == 0:
             return none
-        asking = jnp.swapaxes(jnp.broadcast_to(params["query"], (B, *params["query"].shape)), 1, 2)
-        z = content.product(asking, jnp.swapaxes(k, 1, 2))
-        return _more(none, z, v, jnp.arange(S) >= S - count[:, None])
+        held = jnp.arange(S) >= S - count[:, None]
+        return memory_slots.more(none, memory_slots.asked(params, content, k), v, held)
 
     def turn(carry, t):
         slots, k, v, seg, count, block = carry
         new, over = t.seg != seg, count == S
-        after = _rewritten(params, content, slots, written(k, v, count)) if m else slots
-        slots = _either(new, start, _either(over, after, slots))
+        after = memory_slots.rewritten(params, content, slots, written(k, v, count)) if m else slots
+        slots = memory_slots.either(new, start, memory_slots.either(over, after, slots))
         count, block = jnp.where(new | over, 0, count) + 1, block + (new | over)
         k, v = (jnp.concatenate([a[:, 1:], b[:, None]], 1) for a, b in ((k, t.k), (v, t.v)))
-        carry = _either(t.seg >= 0, (slots, k, v, t.seg, count, block), carry)
+        carry = memory_slots.either(t.seg >= 0, (slots, k, v, t.seg, count, block), carry)
         return carry, (slots, jnp.where(t.seg >= 0, block, -1))
 
     local = before.local
     k, v = (z.astype(jnp.float32) for z in local[:2])
     first = before.slots, k, v, local.seg[:, -1], before.count, jnp.zeros_like(before.count)
+    cleared = keys.cleared()
+    cleared = cleared._replace(k=cleared.k.astype(jnp.float32), v=cleared.v.astype(jnp.float32))
     by_time = jax.tree.map(lambda z: jnp.moveaxis(z, 1, 0), cleared)
     (slots, k, v, _, count, _), (read, block) = lax.scan(turn, first, by_time)
     read, block = jax.tree.map(lambda z: jnp.moveaxis(z, 0, 1), (read, block))

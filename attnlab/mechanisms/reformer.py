@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Mechanism, Queries, Result
-from attnlab.engines import bucketed, union
+from attnlab.engines import bucketed, sorting, union
 from attnlab.mechanisms.lsh import check_sizes, hash_directions, shared_pair
 from attnlab.refusals import refuse_causal, refuse_normaliser
 from attnlab.registry import register
@@ -26,7 +26,7 @@ def plan_chunks(
     chunk = min(chunk, N)
     last = jnp.where(queries.seg >= 0, queries.seg, jnp.iinfo(jnp.int32).max)
     document = jnp.broadcast_to(last[:, None], buckets.shape)
-    *_, order, rank = bucketed.sort_tokens(queries, document, buckets)
+    *_, order, rank = sorting.sort_tokens(queries, document, buckets)
     start = jax.vmap(lambda seg: jnp.searchsorted(jnp.sort(seg), seg))(last).astype(jnp.int32)
     code = (rank - start[:, None]) // chunk + 2 * buckets
     token = jnp.pad(order, [(0, 0)] * 3 + [(0, -N % chunk)], constant_values=-1)
@@ -77,7 +77,7 @@ class Reformer(Mechanism):
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         self._refuse(rule)
         queries, keys, buckets = self._hashed(queries, keys, key)
-        times = sum(self._meet(z, queries).astype(jnp.int32) for z in buckets)
+        times = jnp.stack([self._meet(z, queries) for z in buckets]).sum(0)
         out, lse, probs = union.attend(queries, keys, rule, times)
         return Result(out, state, {"lse": lse, "probs": probs})
 

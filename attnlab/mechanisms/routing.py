@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Mechanism, Result, count_pairs
-from attnlab.engines import bucketed, rings, union
+from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.errors import UserError
-from attnlab.refusals import refuse_normaliser
+from attnlab.refusals import refuse_normaliser, refuse_taps
 from attnlab.registry import register
 
 
@@ -108,9 +108,10 @@ class Routing(Mechanism):
             return self.reference(params, queries, keys, rule)
         queries, keys, cluster, aux = self._routed(params, queries, keys)
         if state:
+            refuse_taps("routing with a state", rule)
             out, state = rings.attend(state, queries, keys, rule, cluster[None])
             return Result(out, state)
-        plan, reach = bucketed.plan_runs(
+        plan, reach = sorting.plan_runs(
             cluster[None], self.clusters, self.length, queries, rule.causal
         )
         out, lse = bucketed.attend(queries, keys, rule, plan, reach)
@@ -120,6 +121,7 @@ class Routing(Mechanism):
         refuse_normaliser("routing", rule)
         queries, keys, cluster, aux = self._routed(params, queries, keys)
         if state:
+            refuse_taps("routing with a state", rule)
             out, state = rings.attend(state, queries, keys, rule, cluster[None])
             return Result(out, state)
         met = union.meet(cluster, self.length, queries)

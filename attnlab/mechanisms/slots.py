@@ -69,20 +69,20 @@ class Slots(Mechanism):
         refuse_unordered("slots", rule)
         q, k = rotated(queries, keys, rule)
         seg, chunk, repeats = keys.seg, self.chunk, q.shape[2] // k.shape[2]
-        before = state or State((), (), (), ())
-        write, decay, _, top = running.rescale(_log_write(params, x), seg, before.top)
+        top, past_keys, past_totals, past_values = state or ((), (), (), ())
+        write, decay, _, top = running.rescale(_log_write(params, x), seg, top)
 
         def attend(q, k, v, past, **decays):
             return recurrent.attend(q, k, v, seg, past, chunk=chunk, **decays)
 
         one = jnp.ones((*write.shape[:3], 1))
-        total, totals = attend(one, one, write, before.totals, value_decay=decay)
-        z, slot_keys = attend(q, k, write, before.keys, value_decay=decay)
+        total, totals = attend(one, one, write, past_totals, value_decay=decay)
+        z, slot_keys = attend(q, k, write, past_keys, value_decay=decay)
         total = jnp.repeat(total, repeats, 2)
         written = total > 0
         total = jnp.where(written, total, 1)
         p = probabilities(z / total * scale_of(rule, q), written)
-        out, values = attend(p / total, write, keys.cleared().v, before.values, key_decay=decay)
+        out, values = attend(p / total, write, keys.cleared().v, past_values, key_decay=decay)
         out = rule.tap("heads", out.astype(queries.q.dtype))
         return Result(out, State(top, slot_keys, totals, values) if state else state)
 
@@ -131,6 +131,7 @@ def count_flops(dims: Dims, length: int, slots: int, chunk: int) -> float:
     return gates + logits + recurrent.count_flops(length, chunk, dims.heads, slots, dims.value_dim)
 
 
-def _log_write(params, x: Array) -> Array:
+def _log_write(params, x: Array | None) -> Array:
     """s [B N G m], f32."""
+    assert x is not None, "slots read the block's input"
     return jnp.einsum("bnw,wgm->bngm", x.astype(jnp.float32), params["write"])

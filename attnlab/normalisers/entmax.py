@@ -56,8 +56,8 @@ def _project(alpha: float, z: Array, seen: Array) -> tuple[Array, Array]:
     z = (alpha - 1.0) * (z - jnp.max(z, -1, keepdims=True))
 
     def at(threshold: Array) -> tuple[Array, Array]:
-        rest = jnp.where(seen, z - threshold, 0.0)
-        slope = jnp.where(rest > 0, jnp.maximum(rest, 0.0) ** exponent, 0.0)
+        rest = jnp.where(seen, jnp.maximum(z - threshold, 0.0), 0.0)
+        slope = jnp.where(rest > 0, rest**exponent, 0.0)
         return slope * rest, slope
 
     def step(carry):

@@ -1,0 +1,66 @@
+"""Plans of the bucketed engine from buckets and time: who stands where, and who meets whom."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnlab.core import Array, Queries
+from attnlab.engines.bucketed import Plan, Reach
+
+
+def plan_runs(
+    buckets: Array, count: int, length: int, queries: Queries, causal: bool
+) -> tuple[Plan, Reach]:
+    """Each token meets the ``length`` tokens of its bucket and document nearest to it in time, on
+    either side (causal rules hide one).
+
+    ``buckets`` [R B H N] in 0 .. ``count`` − 1. Every bucket begins a new tile, so that the place
+    of a token in its tile depends on the tokens before it alone, and so do all its roundings.
+    """
+    N = queries.pos.shape[1]
+    length = min(length, N)
+    chunk = min(N, max(8, -(-length // 4)))
+    buckets = jnp.where(queries.seg[:, None] >= 0, buckets, count)
+    bucket, order, rank = sort_tokens(queries, buckets)
+    first = search(bucket, jnp.arange(count + 1))
+    size = jnp.diff(first)
+    tiles = -(-size // chunk)
+    end = jnp.cumsum(tiles, -1)
+    start = end - tiles
+    T = max(1, min(N, (N + count * (chunk - 1)) // chunk))
+    owner = jnp.minimum(search(end, jnp.arange(T), "right"), count - 1)
+
+    def of_owner(z: Array) -> Array:
+        return jnp.take_along_axis(z, owner, -1)[..., None]
+
+    steps = jnp.arange(chunk)
+    offset = (jnp.arange(T) - jnp.take_along_axis(start, owner, -1))[..., None] * chunk + steps
+    taken = jnp.minimum(of_owner(first) + offset, N - 1)
+    token = jnp.take_along_axis(order, taken.reshape(*taken.shape[:-2], -1), -1)
+    token = jnp.where(offset < of_owner(size), token.reshape(taken.shape), -1)
+    inside = jnp.minimum(buckets, count - 1)
+    begin = jnp.take_along_axis(start * chunk - first[..., :-1], inside, -1)
+    slot = jnp.clip(begin + rank, 0, T * chunk - 1)
+    tiles_back = -(-length // chunk)
+    reach = Reach(length, tiles_back, 0 if causal else tiles_back)
+    return Plan(token, slot, rank + (length + 1) * buckets), reach
+
+
+def sort_tokens(queries: Queries, *labels: Array) -> tuple[Array, ...]:
+    """Tokens by ``labels`` [R B H N], then document, then position: the labels in that order, the
+    token at each rank, and the rank of each token."""
+    index = lax.broadcasted_iota(jnp.int32, queries.pos.shape, 1)
+    empty_last = jnp.where(queries.seg >= 0, queries.seg, jnp.iinfo(jnp.int32).max)
+    *_, by_time = lax.sort((empty_last, queries.pos, index), num_keys=2)
+    age = jnp.argsort(by_time, -1)[:, None]
+    shape = labels[0].shape
+    index, age = jnp.broadcast_to(index[:, None], shape), jnp.broadcast_to(age, shape)
+    *found, _, order = lax.sort((*labels, age, index), num_keys=len(labels) + 1)
+    return (*found, order, jnp.argsort(order, -1))
+
+
+def search(rows: Array, values: Array, side: str = "left") -> Array:
+    """`searchsorted` of ``values`` [K] in every sorted row of ``rows`` [... n]: [... K] int32."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    found = jax.vmap(lambda row: jnp.searchsorted(row, values, side=side))(flat)
+    return found.astype(jnp.int32).reshape(*rows.shape[:-1], -1)
