@@ -96,22 +96,6 @@ def test_the_state_after_a_call_serves_one_that_is_longer_than_it(mechanism):
     assert_close(np.concatenate(outs, 1), quick_outputs(case, inputs))
 
 
-@pytest.mark.parametrize("mechanism", MEMORIES, ids=repr)
-def test_a_past_that_training_carries_gets_no_gradient_but_is_seen(mechanism):
-    """Truncated backpropagation: the state is an input; outputs depend on what it holds."""
-    case = case_of(mechanism)
-    inputs = draw(case, length=150 if mechanism.segment > 32 else 32)
-    other = inputs._replace(v=inputs.v.copy())
-    other.v[:, :4] += 1.0
-    states = []
-    for tokens in (inputs, other):
-        old = tokens.tokens(lambda z: z[:, : max(8, mechanism.segment)])
-        states.append(step(case, old, old.keys(), case.mechanism.initial_state(DIMS, 2))[1])
-    late = inputs.tokens(lambda z: z[:, max(8, mechanism.segment) :])
-    a, b = (np.asarray(step(case, late, late.keys(), state)[0]) for state in states)
-    assert np.abs(a - b).max() > 1e-3
-
-
 def test_a_span_reaches_all_that_it_shows():
     pattern, places = Span(4, -6, 2), np.arange(24)
     seen = pattern.visible(places[:, None], places[None])
