@@ -28,9 +28,11 @@ def plot_margins(rows: Table, path: Path) -> None:
                 if (row["normaliser"], row["noise"], row["margin"]) == (name, noise, margin)
             ]
             n = [row["n"] for row in part]
+            # Later lines are thinner, because some normalisers agree exactly.
+            look = _line(i) | {"lw": 5 - 3.8 * i / len(names), "ms": 0}
             label = name if column == 0 else None
-            weights.plot(n, [row["signal"] for row in part], **_line(i, label))
-            supports.plot(n, [row["support"] for row in part], **_line(i))
+            weights.plot(n, [row["signal"] for row in part], label=label, **look)
+            supports.plot(n, [row["support"] for row in part], **look)
         supports.plot(n, n, color="#8c8c8c", ls=":", lw=1.2)
         supports.annotate("all alike", (n[-1], n[-1]), ha="right", va="bottom", fontsize=8)
         weights.set_title(f"margin {margin:g}, noise {noise:g}", loc="left", fontsize=11)
@@ -60,7 +62,8 @@ def plot_layers(rows: Table, path: Path) -> None:
     keys = {row["layer"]: row["keys"] for row in rows}
     for i, layer in enumerate(keys):
         mark = "" if keys[layer] == "its own" else ", over all visible"
-        support.plot(*zip(*by_layer(rows, "support")[layer]), **_line(i, f"layer {layer}{mark}"))
+        curve = zip(*by_layer(rows, "support")[layer])
+        support.plot(*curve, label=f"layer {layer}{mark}", **_line(i))
         for axes, (name, _) in zip(others, STEPS[1:]):
             axes.plot(*zip(*by_layer(rows, name)[layer]), **_line(i))
     for axes, (_, title) in zip(others, STEPS[1:]):
@@ -101,8 +104,8 @@ def _indices(table: Any):
     return [(i, j) for i in range(table.shape[0]) for j in range(table.shape[1])]
 
 
-def _line(i: int, label: str | None = None) -> dict[str, Any]:
-    return style_of(i) | {"ms": 4, "lw": 1.6, "mew": 0, "label": label}
+def _line(i: int) -> dict[str, Any]:
+    return style_of(i) | {"ms": 4, "lw": 1.6, "mew": 0}
 
 
 def _short(n: float) -> str:
