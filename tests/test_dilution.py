@@ -176,7 +176,7 @@ def test_softmax_keeps_its_form_among_a_million_keys():
     n = 2**20
     found = among(build("softmax", 256), n, np.zeros((1, n), np.float32), (4.0, 14.0)).signal
     expected = [math.exp(m) / (math.exp(m) + n - 1) for m in (4.0, 14.0)]
-    np.testing.assert_allclose(np.asarray(found)[:, 0, 0], expected, atol=3e-6)
+    np.testing.assert_allclose(np.asarray(found)[:, 0, 0], expected, atol=1e-6)
 
 
 def test_noise_counts_as_more_keys_and_the_support_of_noise_is_a_share_of_them():

@@ -132,7 +132,9 @@ def measure_rows(
         size = blockwise.tile_size(N, B * H, tile)
     q = _tiles(rule.rotate(queries.q, queries.pos, "query"), size, 0).swapaxes(2, 3)
     asking = _Asking(q, *(_tiles(z, size, -1) for z in (queries.pos, queries.seg, matters)))
-    width = blockwise.tile_size(M, B * H, tile)
+    # As wide as memory allows: many small sums, one after another, would round off more.
+    limit = max(64, blockwise.LOGITS_IN_FLIGHT // (B * H * size))
+    width = blockwise.tile_size(M, B * H, tile or limit)
     k = _tiles(rule.rotate(keys.k, keys.pos, "key"), width, 0).swapaxes(2, 3)
     answering = _Answering(k, _tiles(keys.pos, width, 0), _tiles(keys.seg, width, -1))
     one: Callable[..., Rows] = _whole_rows if rule.whole else _streamed_rows
