@@ -5,6 +5,7 @@ of 32 reaches a fact from a question; 64 are questions, each with one of the key
 layer of attention, then the value: 16 of them, so that guessing is right in 6.3 %.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -115,14 +116,8 @@ def measured(params: Any, statistics: Any) -> Any:
     return {**params, "attention": {**params["attention"], "mechanism": inner}}
 
 
-def measure_all(seed: int = 0) -> dict[str, float]:
-    found = {}
+def measure_all(seed: int = 0) -> Iterator[tuple[str, float]]:
+    """The share of answers that are right, mechanism by mechanism."""
     for label, (name, options) in MECHANISMS.items():
         model = Recall(mechanisms.get(name)(**options))
-        found[label] = round(float(np.asarray(measure(model, jax.random.key(seed)))), 4)
-        print(label, found[label], flush=True)
-    return found
-
-
-if __name__ == "__main__":
-    measure_all()
+        yield label, round(float(np.asarray(measure(model, jax.random.key(seed)))), 4)
