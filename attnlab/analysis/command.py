@@ -72,10 +72,10 @@ def look_into(
 
     run = open_run(workdir, step)
     trained, most = run.config.task.length, run.config.evaluate.batch
-    length = length or trained
-    batch = min(windows, max(1, most * trained // max(length, trained)))
+    size: int = length or trained
+    batch = min(windows, max(1, most * trained // max(size, trained)))
     task = run.task()
-    batches = cut(task.documents("test"), task.boundary, length, windows, batch)
+    batches = cut(task.documents("test"), task.boundary, size, windows, batch)
     folder = Path(out) if out else run.path / "dilution"
     with _writing(folder):
         rows = measure_layers(run.model, run.params, batches)
@@ -84,7 +84,7 @@ def look_into(
         write_csv(folder / "layers.csv", rows)
         plot_heads(rows, folder / "heads.png")
         plot_layers(rows, folder / "layers.png")
-    print(format_layers(rows, run.step, length))
+    print(format_layers(rows, run.step, size))
     print(f"written: {folder / 'layers.csv'}, layers.png and heads.png")
 
 
@@ -108,7 +108,7 @@ def format_layers(rows: Sequence[dict[str, Any]], step: int, length: int) -> str
     """For a terminal: every layer where the most keys are in sight, means over its heads."""
     lines = [
         f"attention of step {step} in windows of {length} tokens, with the most keys in sight",
-        "  layer   keys          n   support   largest   sink   over",
+        "  layer         n   support   largest    sink   over",
     ]
     for layer in dict.fromkeys(row["layer"] for row in rows):
         own = [row for row in rows if row["layer"] == layer]
@@ -118,8 +118,8 @@ def format_layers(rows: Sequence[dict[str, Any]], step: int, length: int) -> str
             for key in ("visible", "support", "largest", "sink")
         }
         lines.append(
-            f"  {layer:>5}   {'':4}{mean['visible']:>11.0f}   {mean['support']:>7.1f}"
-            f"   {mean['largest']:>7.3f}   {mean['sink']:.3f}   {last[0]['keys']}"
+            f"  {layer:>5}   {mean['visible']:>7.0f}   {mean['support']:>7.1f}"
+            f"   {mean['largest']:>7.3f}   {mean['sink']:>5.3f}   {last[0]['keys']}"
         )
     if any(row["keys"] != "its own" for row in rows):
         lines.append(

@@ -155,9 +155,10 @@ def by_layer(rows: Sequence[dict[str, Any]], name: str) -> dict[int, list[tuple[
     for row in rows:
         found.setdefault(row["layer"], {}).setdefault(row["low"], []).append(row)
     return {
-        layer: [
-            tuple(float(np.mean([r[key] for r in heads])) for key in ("visible", name))
-            for heads in buckets.values()
-        ]
+        layer: [(_mean(heads, "visible"), _mean(heads, name)) for heads in buckets.values()]
         for layer, buckets in found.items()
     }
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))

@@ -59,9 +59,10 @@ def draw(key: jax.Array, batch: int, n: int) -> Batch:
 
 
 def init(key: jax.Array, normaliser: Normaliser) -> dict[str, Any]:
-    """Token = [key, embedding of the value]; a query has zeros in place of a value."""
+    """Token = [key, embedding of the value]; a query has zeros in place of a value. Queries and
+    keys start with the same projection: a match then stands out from the first step on, without
+    which weights that can be zero would have no gradient to find it by."""
     shapes = {
-        "query": (KEY + VALUE, HEAD),
         "key": (KEY + VALUE, HEAD),
         "value": (KEY + VALUE, HEAD),
         "embedding": (CLASSES, VALUE),
@@ -73,7 +74,7 @@ def init(key: jax.Array, normaliser: Normaliser) -> dict[str, Any]:
         for k, (name, shape) in zip(draws, shapes.items())
     }
     dims = Dims(KEY + VALUE, 1, 1, HEAD, HEAD)
-    return {**params, "normaliser": normaliser.init(key, dims)}
+    return {**params, "query": params["key"], "normaliser": normaliser.init(key, dims)}
 
 
 def attend(normaliser: Normaliser, params: Any, batch: Batch) -> tuple[Queries, Keys, Rule]:
