@@ -25,7 +25,7 @@ from attnlab.normalisers.top_k import TopK
 
 KEY, VALUE, HEAD, CLASSES = 32, 32, 32, 16
 TRAINED, LENGTHS = 64, (64, 256, 1024, 4096)
-STEPS, BATCH, RATE = 700, 32, 1.5e-3
+STEPS, BATCH, RATE = 700, 32, 6e-4
 SAMPLES = 128
 
 NORMALISERS: dict[str, Normaliser] = {
