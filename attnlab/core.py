@@ -39,13 +39,24 @@ class Keys(NamedTuple):
     """Tokens that answer. ``k`` [B M G D]; ``v`` [B M G E]; ``pos``, ``seg`` [B M] int32.
 
     A slot with ``seg`` < 0 is empty: whatever it holds, even NaN, is never seen. The KV cache is
-    itself a `Keys`, unrotated.
+    itself a `Keys`, unrotated. ``count`` [B M] f32 says how many tokens a slot stands for, None
+    that each is one: a mean over c tokens weighs as much as they do when ln c is added to its
+    logit, and a uniform query then sees their true mean.
     """
 
     k: Array
     v: Array
     pos: Array
     seg: Array
+    count: Array | None = None
+
+    @property
+    def log_count(self) -> Array | None:
+        """ln ``count``, without a gradient: f32 [B M], 0 in empty slots."""
+        if self.count is None:
+            return None
+        full = (self.seg >= 0) & (self.count > 0)
+        return jax.lax.stop_gradient(jnp.log(jnp.where(full, self.count, 1.0)))
 
     def cleared(self) -> Keys:
         """The same, with 0 in empty slots: a masked NaN would still spoil a gradient (0 * NaN)."""
@@ -285,6 +296,11 @@ class Rule:
         """A query must meet all its keys at once: its row is not a merger of parts."""
         return self.normaliser.whole or self.position.whole
 
+    @property
+    def separable(self) -> bool:
+        """Attention over disjoint sets of keys can be merged by its log-sum-exp."""
+        return self.normaliser.separable and not self.position.whole
+
     def rotate(self, z: Array, pos: Array, side: str) -> Array:
         """Queries or keys [B N heads D] as the position module turns them; queries also as the
         normaliser scales them."""
@@ -358,6 +374,7 @@ class Rule:
         k = self.rotate(keys.k, keys.pos, "key").swapaxes(1, 2)
         seen = self.allowed(queries, keys)[:, None]
         z = self.rows(q, k, seen, queries.pos, keys.pos)
+        z = z if keys.count is None else z + keys.log_count[:, None, None]
         if back is not None:
             z, seen = (jnp.take_along_axis(a, back[:, None, None], -1) for a in (z, seen))
         return jnp.where(seen, self.tap("logits", z), MASK)

@@ -24,24 +24,12 @@ ALWAYS = (
 and on all pairs when slow tests are selected."""
 
 FIRST = (
-    agreement.check_bidirectional_reference,
-    agreement.check_low_precision,
     agreement.check_limit,
     agreement.check_any_length,
-    agreement.check_grouped_heads,
-    causality.check_model_causality,
-    continuation.check_model_extension,
     isolation.check_packing,
-    isolation.check_bidirectional_packing,
     isolation.check_empty_slots,
     isolation.check_keys_all_hidden,
-    isolation.check_batch_rows,
-    transforms.check_equal_values,
-    transforms.check_transforms,
-    transforms.check_pmap,
-    transforms.check_sharding,
     taps.check_head_ablation,
-    taps.check_observation,
     cost.check_declared_growth,
     experiment.check_learning,
     experiment.check_shift,
@@ -49,6 +37,25 @@ FIRST = (
 )
 """Checked on the first example of every mechanism, with the positions in turn; on all its examples
 when slow tests are selected."""
+
+TURNS = (
+    agreement.check_bidirectional_reference,
+    agreement.check_low_precision,
+    agreement.check_grouped_heads,
+    causality.check_model_causality,
+    continuation.check_model_extension,
+    isolation.check_bidirectional_packing,
+    isolation.check_batch_rows,
+    transforms.check_equal_values,
+    transforms.check_transforms,
+    transforms.check_pmap,
+    transforms.check_sharding,
+    taps.check_observation,
+)
+"""The mechanisms take turns: each check runs on the first example of one in `SHARE` of them, and on
+all examples of all when slow tests are selected."""
+
+SHARE = 4
 
 WEIGHED = (
     causality.check_causality,
@@ -93,6 +100,23 @@ def test_always(check, case):
 @pytest.mark.parametrize("case", cases(one_each(), first_of_each()))
 @pytest.mark.parametrize("check", FIRST, ids=promise)
 def test_first(check, case):
+    verify(check, case)
+
+
+def turn(number):
+    """The cases whose turn a check is, by its number among `TURNS`."""
+    return [c for i, c in enumerate(first_of_each()) if (i + number) % SHARE == 0]
+
+
+@pytest.mark.parametrize(
+    ("check", "case"),
+    [
+        pytest.param(check, *case.values, id=f"{promise(check)}-{case.id}", marks=case.marks)
+        for number, check in enumerate(TURNS)
+        for case in cases(one_each(), turn(number))
+    ],
+)
+def test_turns(check, case):
     verify(check, case)
 
 

@@ -34,7 +34,7 @@ def test_the_error_falls_with_the_number_of_features(position):
         case = Case(Favor(features=features, chunk=32), position)
         inputs = draw(case)._replace(params=initial(case))
         inputs = inputs._replace(q=inputs.q * 0.5, k=inputs.k * 0.5)
-        wanted = quick_outputs(whole, inputs._replace(params=({}, {})), "reference")
+        wanted = quick_outputs(whole, inputs._replace(params=({}, inputs.params[1])), "reference")
         error = np.asarray(quick_outputs(case, inputs) - wanted)
         errors.append(np.linalg.norm(error) / np.linalg.norm(wanted))
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
@@ -61,7 +61,7 @@ def test_projections_are_drawn_anew_when_due_and_only_with_a_key():
 
     @jax.jit
     def step(statistics, key):
-        params, rule = {"statistics": statistics}, case.rule({})
+        params, rule = {"statistics": statistics}, case.rule(inputs.params[1])
         result = case.mechanism(params, inputs.queries(), inputs.keys(), rule, key=key)
         return result.aux["statistics"]
 

@@ -52,7 +52,7 @@ def test_equal_levels_without_decay_are_linear_attention():
     inputs = documents(draw(case), (13, 19), (30,))
     params = {name: np.zeros_like(z) for name, z in inputs.params[0].items()}
     params["gate_bias"] += 100
-    got = outputs(case, inputs._replace(params=(params, {})))
+    got = outputs(case, inputs._replace(params=(params, inputs.params[1])))
     q = inputs.q * np.float32(np.log(2) / DIMS.key_dim**0.5)  # softplus(0) = log 2
     wanted, _ = recurrent.attend(q, inputs.k, inputs.v, inputs.seg, chunk=16)
     assert_close(got, normalised(wanted))
@@ -66,7 +66,7 @@ def test_the_last_level_takes_the_rest():
         name: np.concatenate([z, *[z[..., -1:]] * 13], -1) if "level" in name else z
         for name, z in inputs.params[0].items()
     }
-    wanted = outputs(many, inputs._replace(params=(repeated, {})))
+    wanted = outputs(many, inputs._replace(params=(repeated, inputs.params[1])))
     assert_close(outputs(few, inputs), wanted)
 
 
@@ -77,7 +77,7 @@ def test_a_level_without_weight_hides_its_block():
     params = {name: np.array(z) for name, z in inputs.params[0].items()}
     params["level"][:] = 0
     params["level_bias"][:, 3] = -200
-    inputs = inputs._replace(params=(params, {}))
+    inputs = inputs._replace(params=(params, inputs.params[1]))
     v = np.where(np.arange(32)[:, None, None] < 4, inputs.v + 1, inputs.v)
     moved = outputs(case, inputs) != outputs(case, inputs._replace(v=v))
     assert not np.any(moved[:, 7])

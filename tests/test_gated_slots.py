@@ -34,7 +34,7 @@ def test_a_closed_gate_keeps_and_an_open_one_replaces():
 
     def with_gate(value):
         gate = np.full_like(inputs.params[0]["gate"], value)
-        return outputs(case, inputs._replace(params=({"gate": gate}, {})))
+        return outputs(case, inputs._replace(params=({"gate": gate}, inputs.params[1])))
 
     newest = np.repeat(inputs.v, DIMS.heads // DIMS.kv_heads, 2)
     assert_close(with_gate(-1e4), newest)

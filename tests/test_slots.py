@@ -21,13 +21,15 @@ def one_hot(length, slots):
     x = np.broadcast_to(np.eye(length, dtype=np.float32), inputs.x.shape)
     write = np.where(np.eye(length, slots) > 0, np.float32(0), np.float32(MASK))
     write = np.broadcast_to(write[:, None], (length, DIMS.kv_heads, slots))
-    return case, inputs._replace(x=x, params=({"write": write}, {}))
+    return case, inputs._replace(x=x, params=({"write": write}, inputs.params[1]))
 
 
 def test_a_slot_for_every_token_is_softmax_attention():
     """Rope included: keys are turned where they are written."""
     case, inputs = one_hot(16, 18)
-    wanted = outputs(Case(Softmax(), Rope()), inputs._replace(params=({}, {})), "reference")
+    wanted = outputs(
+        Case(Softmax(), Rope()), inputs._replace(params=({}, inputs.params[1])), "reference"
+    )
     assert_close(outputs(case, inputs), wanted)
     assert_close(outputs(case, inputs, "reference"), wanted)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "attnlab"
 LAZY = ("tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "tokenizers")
-FOUNDATION = ("core", "registry", "errors")
+FOUNDATION = ("core", "registry", "errors", "refusals")
 
 
 @cache

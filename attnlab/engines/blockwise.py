@@ -11,6 +11,8 @@ and out = o / l, lse = m + ln l. Backward recomputes p = e^(z-lse) tile by tile:
 Source: Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, 2112.05682; Dao et al., 2205.14135.
 """
 
+from __future__ import annotations
+
 from functools import partial
 from typing import NamedTuple
 
@@ -47,7 +49,8 @@ def attend(
     M = keys.k.shape[1]
     q_tile, k_tile = tile_size(N, B * H, tile), tile_size(M, B * H, tile)
     seen_by = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
-    seen = Tokens(_tiles(keys.pos, k_tile, 0), _tiles(keys.seg, k_tile, -1))
+    log_count = None if keys.count is None else _tiles(keys.log_count, k_tile, 0)
+    seen = Tokens(_tiles(keys.pos, k_tile, 0), _tiles(keys.seg, k_tile, -1), log_count)
     out, lse = _attend(
         rule,
         _head_tiles(rule.rotate(queries.q, queries.pos, "query"), q_tile),
@@ -73,10 +76,20 @@ def tile_size(length: int, rows: int, limit: int | None = None) -> int:
 
 
 class Tokens(NamedTuple):
-    """Positions and segments of tiled tokens: [tiles B tile] int32 each."""
+    """Positions and segments of tiled tokens, [tiles B tile] int32 each, and what is added to the
+    logits of each key, f32 or None."""
 
     pos: Array
     seg: Array
+    log_count: Array | None = None
+
+    def at(self, i: Array) -> Tokens:
+        """One tile."""
+        return jax.tree.map(lambda z: lax.dynamic_index_in_dim(z, i, 0, keepdims=False), self)
+
+    def weighed(self, z: Array) -> Array:
+        """Logits [B H n m] of the queries of a tile with these keys."""
+        return z if self.log_count is None else z + self.log_count[:, None, None]
 
 
 class Spans(NamedTuple):
@@ -157,9 +170,10 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, asking: Tokens, answering:
 
         def step(t, carry):
             top, total, out = carry
-            k_t, v_t, k_pos, k_seg = _at(order[t], k, v, *answering)
-            seen = rule.visible(q_pos, q_seg, k_pos, k_seg)[:, None]
-            z = jnp.where(seen, rule.biased(q, k_t, q_pos, k_pos), MASK)
+            k_t, v_t = _at(order[t], k, v)
+            keys = answering.at(order[t])
+            seen = rule.visible(q_pos, q_seg, keys.pos, keys.seg)[:, None]
+            z = jnp.where(seen, keys.weighed(rule.biased(q, k_t, q_pos, keys.pos)), MASK)
             new_top = jnp.maximum(top, jnp.max(z, -1))
             shrink = jnp.exp(top - new_top)
             weight = jnp.where(seen, jnp.exp(z - new_top[..., None]), 0.0)
@@ -179,7 +193,7 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, asking: Tokens, answering:
         return None, (out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), MASK))
 
     key_spans = spans(answering)
-    return lax.scan(query_tile, None, (q, *asking, spans(asking)))[1]
+    return lax.scan(query_tile, None, (q, asking.pos, asking.seg, spans(asking)))[1]
 
 
 def _forward(rule, q, k, v, asking, answering):
@@ -195,16 +209,17 @@ def _backward(residuals, cotangents):
     G = v.shape[2]
 
     def key_tile(carry, xs):
-        k, v, k_pos, k_seg, span = xs
+        k, v, keys, span = xs
         order, count = _visits(reach(rule, query_spans, _one(span))[:, 0])
 
         def step(t, carry):
             dq, d_rule, dk, dv = carry
             i = order[t]
-            q_i, q_pos, q_seg, lse_i, delta_i, do_i = _at(i, q, *asking, lse, delta, d_out)
-            z, pull = jax.vjp(lambda rule, q, k: rule.biased(q, k, q_pos, k_pos), rule, q_i, k)
-            seen = rule.visible(q_pos, q_seg, k_pos, k_seg)[:, None]
-            p = jnp.where(seen, jnp.exp(z - lse_i[..., None]), 0.0)
+            q_i, lse_i, delta_i, do_i = _at(i, q, lse, delta, d_out)
+            q_pos, q_seg, _ = asking.at(i)
+            z, pull = jax.vjp(lambda rule, q, k: rule.biased(q, k, q_pos, keys.pos), rule, q_i, k)
+            seen = rule.visible(q_pos, q_seg, keys.pos, keys.seg)[:, None]
+            p = jnp.where(seen, jnp.exp(keys.weighed(z) - lse_i[..., None]), 0.0)
             do_g = _grouped(do_i, G)
             dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
             dv += dot("bgnm,bgne->bgme", _grouped(p, G).astype(v.dtype), do_g)
@@ -220,7 +235,7 @@ def _backward(residuals, cotangents):
 
     query_spans = spans(asking)
     start = (jnp.zeros(q.shape), jax.tree.map(jnp.zeros_like, rule))
-    (dq, d_rule), (dk, dv) = lax.scan(key_tile, start, (k, v, *answering, spans(answering)))
+    (dq, d_rule), (dk, dv) = lax.scan(key_tile, start, (k, v, answering, spans(answering)))
     return d_rule, dq.astype(q.dtype), dk, dv, None, None
 
 

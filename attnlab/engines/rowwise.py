@@ -36,11 +36,14 @@ def attend(
     queries = queries._replace(q=rule.rotate(queries.q, queries.pos, "query"))
     k = rule.rotate(keys.k, keys.pos, "key").swapaxes(1, 2)
 
+    log_count = keys.log_count
+
     @partial(jax.checkpoint, prevent_cse=False)
     def rows(tile: Queries) -> tuple[Array, Array]:
         q = tile.q.swapaxes(1, 2)
         seen = rule.visible(tile.pos, tile.seg, keys.pos, keys.seg)[:, None]
-        z = jnp.where(seen, rule.rows(q, k, seen, tile.pos, keys.pos), MASK)
+        z = rule.rows(q, k, seen, tile.pos, keys.pos)
+        z = jnp.where(seen, z if log_count is None else z + log_count[:, None, None], MASK)
         out = dense.mix(rule, rule.weights(z, seen), keys.v, tile.pos, keys.pos)
         return out, dense.log_sum(z, seen)
 

@@ -9,7 +9,7 @@ from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Resu
 from attnlab.engines import recurrent, running
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import quotient, rotated, with_one
-from attnlab.refusals import refuse_bias, refuse_normaliser, refuse_taps
+from attnlab.refusals import refuse_bias, refuse_every_normaliser, refuse_taps
 from attnlab.registry import register
 
 
@@ -89,7 +89,7 @@ class Favor(Mechanism):
 
     def _log_features(self, params, queries: Queries, keys: Keys, rule: Rule):
         """log φ + ½ log m of queries [B N H m] and keys [B M G m], f32."""
-        refuse_normaliser("favor", rule)
+        refuse_every_normaliser("favor", rule)
         refuse_bias("favor", rule)
         refuse_taps("favor", rule)
         projection = jax.lax.stop_gradient(params["statistics"]["projection"])

@@ -12,7 +12,7 @@ from attnlab.engines import recurrent, report_use
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import rotated
 from attnlab.mechanisms.slots import scale_of
-from attnlab.refusals import refuse_bias, refuse_bidirectional, refuse_normaliser, refuse_taps
+from attnlab.refusals import refuse_bias, refuse_bidirectional, refuse_every_normaliser, refuse_taps
 from attnlab.registry import register
 
 
@@ -141,7 +141,7 @@ def normalised(out: Array) -> Array:
 
 
 def _refuse(rule: Rule) -> None:
-    refuse_normaliser("fenwick", rule)
+    refuse_every_normaliser("fenwick", rule)
     refuse_bias("fenwick", rule)
     refuse_taps("fenwick", rule)
     refuse_bidirectional("fenwick", rule, "its levels reach into the past only")

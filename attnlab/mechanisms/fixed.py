@@ -10,7 +10,6 @@ from attnlab.engines import blockwise, dense, parts
 from attnlab.engines.slots import permuted
 from attnlab.errors import UserError
 from attnlab.mechanisms.block import Same
-from attnlab.refusals import refuse_normaliser
 from attnlab.registry import register
 
 
@@ -61,7 +60,8 @@ class Fixed(Mechanism):
     of the others are two exact parts, merged by log-sum-exp.
     Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
     Cost: O(N (l + N c / l) (D + E)) time, so O(N √(c N)) with l = √(c N); O(N) memory; decoding
-    keeps all keys and values, and reads them all. Raises `UserError` unless 1 <= columns <= block.
+    keeps all keys and values, and reads them all. A rule whose parts cannot be merged is served in
+    one pass over all pairs. Raises `UserError` unless 1 <= columns <= block.
     Source: Child et al., arXiv 1904.10509.
     """
 
@@ -85,8 +85,7 @@ class Fixed(Mechanism):
         return SameOrColumns(self.block, self.columns)
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        refuse_normaliser("fixed", rule)
-        if rule.observed:
+        if rule.observed or not rule.separable:
             out, lse = blockwise.attend(queries, keys, rule.restrict(self.pattern))
             return Result(out, state, {"lse": lse})
         plain = dataclasses.replace(rule, taps=())
@@ -108,7 +107,6 @@ class Fixed(Mechanism):
         return permuted(keys, order)
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        refuse_normaliser("fixed", rule)
         out, lse, probs = dense.attend(queries, keys, rule.restrict(self.pattern))
         return Result(out, state, {"lse": lse, "probs": probs})
 

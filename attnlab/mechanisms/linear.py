@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
 from attnlab.engines import recurrent
 from attnlab.errors import UserError
-from attnlab.refusals import refuse_bias, refuse_normaliser, refuse_taps
+from attnlab.refusals import refuse_bias, refuse_every_normaliser, refuse_taps
 from attnlab.registry import register
 
 
@@ -58,7 +58,7 @@ class Linear(Mechanism):
         return Result(rule.tap("heads", out), state)
 
     def _features(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
-        refuse_normaliser("linear", rule)
+        refuse_every_normaliser("linear", rule)
         refuse_bias("linear", rule)
         refuse_taps("linear", rule)
         q, k = rotated(queries, keys, rule)

@@ -10,7 +10,7 @@ from attnlab.core import MASK, Array, Cost, Dims, Mechanism, Result, Rule
 from attnlab.engines import recurrent, running
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import rotated
-from attnlab.refusals import refuse_bias, refuse_bidirectional, refuse_normaliser, refuse_taps
+from attnlab.refusals import refuse_bias, refuse_bidirectional, refuse_every_normaliser, refuse_taps
 from attnlab.registry import register
 
 
@@ -108,7 +108,7 @@ class Slots(Mechanism):
 
 def refuse_unordered(name: str, rule: Rule) -> None:
     """Raises `UserError` for what memories of slots cannot host."""
-    refuse_normaliser(name, rule)
+    refuse_every_normaliser(name, rule)
     refuse_bias(name, rule)
     refuse_taps(name, rule)
     refuse_bidirectional(name, rule, "slots are written in the order of time")

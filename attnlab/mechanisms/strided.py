@@ -21,7 +21,6 @@ from attnlab.engines import blockwise, dense, parts
 from attnlab.engines.slots import permuted
 from attnlab.errors import UserError
 from attnlab.mechanisms.window import Near
-from attnlab.refusals import refuse_normaliser
 from attnlab.registry import register
 
 
@@ -61,8 +60,9 @@ class Strided(Mechanism):
     a window of l, and the one key in both, j = i, is left out of the columns.
     Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
     Cost: O(N (l + N / l) (D + E)) time, so O(N √N) with l = √N, where two layers connect all
-    tokens; O(N) memory; decoding keeps all keys and values, and reads them all. Raises `UserError`
-    for a stride < 1. Source: Child et al., arXiv 1904.10509.
+    tokens; O(N) memory; decoding keeps all keys and values, and reads them all. A rule whose
+    parts cannot be merged is served in one pass over all pairs. Raises `UserError` for a
+    stride < 1. Source: Child et al., arXiv 1904.10509.
     """
 
     stride: int = 32
@@ -74,8 +74,8 @@ class Strided(Mechanism):
             raise UserError(f"strided: stride={self.stride}; use stride >= 1")
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        refuse_normaliser("strided", rule)
-        if rule.observed or queries.pos.shape[1] < self.stride:  # too few for columns
+        few = queries.pos.shape[1] < self.stride  # for columns
+        if rule.observed or not rule.separable or few:
             out, lse = blockwise.attend(queries, keys, rule.restrict(Comb(self.stride)))
             return Result(out, state, {"lse": lse})
         plain = dataclasses.replace(rule, taps=())
@@ -102,7 +102,6 @@ class Strided(Mechanism):
         return tokens._replace(seg=jnp.where(tokens.seg >= 0, column, -1))
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        refuse_normaliser("strided", rule)
         out, lse, probs = dense.attend(queries, keys, rule.restrict(Comb(self.stride)))
         return Result(out, state, {"lse": lse, "probs": probs})
 

@@ -25,6 +25,7 @@ from attnlab.overrides import override
 from attnlab.step import init_state, make_step
 
 RESULTS = Path(__file__).with_name("results.json")
+EXPECTED = Path(__file__).with_name("expected.json")
 TRAINED = ("rope", "alibi", "t5", "kerple", "fire", "none", "absolute")
 SCALED = {
     "rope, ntk x8": ("ntk", {"factor": 8.0}),
@@ -96,17 +97,28 @@ def measure() -> dict:
     return models
 
 
+def held(claim: dict, models: dict) -> bool:
+    """Whether a claim of expected.json is what was measured."""
+    bits = {name: model["bits_per_byte"] for name, model in models.items()}
+    if "best" in claim:
+        length = str(claim["length"])
+        return all(bits[claim["best"]][length] < bits[other][length] for other in claim["of"])
+    low, high = claim["change"]
+    model = bits[claim["model"]]
+    return low <= model[str(claim["to"])] - model[str(claim["from"])] <= high
+
+
 def main() -> None:
-    start = time.monotonic()
     models = measure()
     about = {
         "command": "python experiments/extrapolation/measure.py",
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "seconds": round(time.monotonic() - start),
         "sizes": SIZES | {"evaluated tokens": SCORED, "seed": 0},
     }
-    RESULTS.write_text(json.dumps(about | {"models": models}, indent=2) + "\n", encoding="utf-8")
+    claims = json.loads(EXPECTED.read_text(encoding="utf-8"))["claims"]
+    results = about | {"held": {c["what"]: held(c, models) for c in claims}, "models": models}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

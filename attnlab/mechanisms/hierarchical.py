@@ -1,0 +1,137 @@
+"""H-matrix attention: exact near by, coarser and coarser far off."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result
+from attnlab.engines import pooling, segments
+from attnlab.errors import UserError
+from attnlab.refusals import refuse_normaliser
+from attnlab.registry import register
+
+
+@dataclass(frozen=True)
+class Neighbours(Pattern):
+    """Means of 2^level tokens in the blocks beside the query's own block of ``size`` tokens.
+
+    What the level below has shown already is left out: of the block before, the half next to a
+    query that stands in the first half of its own; of the block behind, the mirror image.
+    """
+
+    size: int
+
+    def visible(self, q_pos, k_pos):
+        q_late = q_pos % self.size >= self.size // 2
+        k_late = k_pos % self.size >= self.size // 2
+        step = k_pos // self.size - q_pos // self.size
+        return ((step == -1) & (q_late | ~k_late)) | ((step == 1) & (~q_late | k_late))
+
+    def reaches(self, q_low, q_high, k_low, k_high):
+        return (k_high // self.size >= q_low // self.size - 1) & (
+            k_low // self.size <= q_high // self.size + 1
+        )
+
+
+@dataclass(frozen=True)
+class Near(Pattern):
+    """The query's own block of ``size`` tokens and the two beside it."""
+
+    size: int
+
+    def visible(self, q_pos, k_pos):
+        return abs(q_pos // self.size - k_pos // self.size) <= 1
+
+    def reaches(self, q_low, q_high, k_low, k_high):
+        return (k_high // self.size >= q_low // self.size - 1) & (
+            k_low // self.size <= q_high // self.size + 1
+        )
+
+
+@register
+@dataclass(frozen=True)
+class Hierarchical(Mechanism):
+    """Exact attention to near blocks, and to means of 2, 4, 8, … tokens the farther the longer.
+
+    At level l blocks have ``block`` 2^l tokens. At level 0 a query sees the tokens of its own block
+    and of those beside it; at level l >= 1 the ``block`` means of 2^l tokens in the blocks beside
+    its own, but for the half that level l − 1 has shown. Every visible token is covered once:
+        out = softmax over all levels of q·k̄ + ln c,   c the number of tokens in a mean
+    so a query of 0 gives the exact mean of all visible values, and keys that are constant in groups
+    give softmax attention. Means are taken before rotation and stand at the middle of their tokens.
+    The published form also coarsens the queries of far levels, which saves the logarithm and lets
+    all tokens of a group share one far context. Single far tokens are blurred by design.
+    Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
+    Cost: O(N block log(N / block) (D + E)) time, O(N log N) memory; decoding keeps all keys. Raises
+    `UserError` for a block that is odd or < 2. Source: Zhu & Soricut, arXiv 2107.11906.
+    """
+
+    block: int = 32
+
+    cost = Cost(time=1, memory=1, state=1)
+
+    def __post_init__(self):
+        if self.block < 2 or self.block % 2:
+            raise UserError(f"hierarchical: block={self.block} must be even and at least 2")
+
+    @property
+    def relative(self) -> bool:
+        return False
+
+    def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        refuse_normaliser("hierarchical", rule)
+        if rule.observed:
+            return self.reference(params, queries, keys, rule, state)
+        tile = segments.tile_of(2 * self.block)
+        out, lse = segments.attend(queries, rule, tile, *self._levels(keys))
+        return Result(out, state, {"lse": lse})
+
+    def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        refuse_normaliser("hierarchical", rule)
+        out, lse, probs = segments.attend_densely(queries, rule, *self._levels(keys))
+        return Result(out, state, {"lse": lse, "probs": probs})
+
+    def _levels(self, keys: Keys) -> list[tuple[Keys, Pattern]]:
+        levels: list[tuple[Keys, Pattern]] = [(keys, Near(self.block))]
+        for level in range(1, depth(keys.pos.shape[1], self.block)):
+            means = pooling.mean(keys, 2**level)
+            levels.append((means, Neighbours(self.block * 2**level)))
+        return levels
+
+    def limit(self, length: int):
+        return dataclasses.replace(self, block=length + length % 2)
+
+    def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
+        return (
+            2.0
+            * dims.heads
+            * (dims.key_dim + dims.value_dim)
+            * count_pairs(length, self.block, causal)
+        )
+
+    @classmethod
+    def examples(cls):
+        return (cls(block=4),)
+
+
+def depth(length: int, block: int) -> int:
+    """Levels that ``length`` consecutive positions need, wherever they begin."""
+    return max(1, (-(-length // block)).bit_length() + 1)
+
+
+def count_pairs(length: int, block: int, causal: bool) -> int:
+    """Pairs of a query and a token or a mean, of one document."""
+    place = np.arange(length, dtype=np.int64)
+    low = np.maximum(0, (place // block - 1) * block)
+    high = place + 1 if causal else np.minimum(length, (place // block + 2) * block)
+    pairs = int(np.sum(high - low))
+    for level in range(1, depth(length, block)):
+        size, width = block * 2**level, 2**level
+        own, late = place // size, place % size >= size // 2
+        pairs += int(np.sum(np.where(own > 0, np.where(late, block, block // 2), 0)))
+        if not causal:
+            first = (own + 1) * size + np.where(late, size // 2, 0)
+            last = np.minimum(length, (own + 2) * size)
+            pairs += int(np.sum(np.maximum(0, -(-(last - first) // width))))
+    return pairs
