@@ -48,9 +48,9 @@ class Combination(Mechanism):
     parts: tuple[Mechanism, ...] = ()
 
     default_parts: ClassVar[tuple[str, ...]] = ("window", "softmax")
-    cost = OfParts(greatest)
-    carries = OfParts(lambda parts: any(part.carries for part in parts))
-    isotropic = OfParts(lambda parts: all(part.isotropic for part in parts))
+    cost: ClassVar[Any] = OfParts(greatest)
+    carries: ClassVar[Any] = OfParts(lambda parts: any(part.carries for part in parts))
+    isotropic: ClassVar[Any] = OfParts(lambda parts: all(part.isotropic for part in parts))
 
     def __post_init__(self):
         if not self.parts:

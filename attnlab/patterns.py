@@ -35,6 +35,8 @@ def layers_of(pattern: str) -> tuple[Layer, ...]:
     layers = []
     for text in pattern.split("+"):
         name, *parts = text.split(":")
+        if "" in (name, *parts):
+            raise UserError(f"attention={pattern}: a name is missing before or after : or +")
         if issubclass(mechanisms.get(name), Combination):
             parts = parts or mechanisms.get(name).default_parts
         elif parts:
@@ -73,7 +75,7 @@ def classes_of(pattern: str) -> dict[str, type[Mechanism]]:
 
 
 def build(pattern: str, fields: dict[str, Any]) -> tuple[Mechanism, ...]:
-    """The mechanisms of one cycle; ``fields`` of the section but ``name``, sub-sections as dicts."""
+    """The mechanisms of one cycle, from the ``fields`` of the section but its ``name``."""
     classes = classes_of(pattern)
     alone = {key: value for key, value in fields.items() if key not in classes}
 

@@ -51,10 +51,10 @@ class Paths(Combination):
         outs, state, aux = self.call_parts(form, params, handed, state, x, key)
         weights = jax.nn.softmax(_product(x, params["router"]), -1)
         kept = _keep(weights, self.top) if self.top else weights
-        out = sum(kept[..., p, None, None] * out.astype(jnp.float32) for p, out in enumerate(outs))
+        shares = [kept[..., p, None, None] * z.astype(jnp.float32) for p, z in enumerate(outs)]
         stats = {**aux.get("stats", {}), **_entropies(weights, queries.seg >= 0)}
-        out = rule.tap("heads", out.astype(queries.q.dtype))
-        return Result(out, state, {**aux, "stats": stats})
+        out = sum(shares[1:], shares[0]).astype(queries.q.dtype)
+        return Result(rule.tap("heads", out), state, {**aux, "stats": stats})
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         mixing = 2.0 * length * len(self.parts) * (dims.width + dims.heads * dims.value_dim)
