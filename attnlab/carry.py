@@ -79,4 +79,4 @@ def hand_on(model: Transformer, memory: Any, batch: dict[str, Array]) -> Any:
 
 def _states(model: Transformer, memory: Any) -> tuple[Any, ...]:
     pairs = zip(model.mechanisms, memory)
-    return tuple(past.state if mechanism.carries else () for mechanism, past in pairs)
+    return tuple(m.carried(past.state) if m.carries else () for m, past in pairs)

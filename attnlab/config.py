@@ -2,11 +2,9 @@
 
 A config is a locked `ml_collections.ConfigDict`. Its `attention`, `position` and `normaliser`
 sections are the fields of the chosen dataclasses, so a mechanism declares its options once, in its
-own file. Several mechanisms joined by ``+`` are a pattern over the layers, cycled from the first:
-with ``attention=window+softmax`` the section holds one sub-section for each of the two.
+own file. What else the name of an attention may say is in `attnlab.patterns`.
 """
 
-import dataclasses
 import itertools
 import json
 import typing
@@ -14,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from attnlab import patterns
+from attnlab.combination import options
 from attnlab.core import Mechanism, Normaliser, Position, mechanisms, normalisers, positions
 from attnlab.errors import UserError, did_you_mean
 from attnlab.literals import kind_of, parse, text_of
@@ -122,15 +122,13 @@ CHOICES = {
 def section(registry: Registry, name: str) -> ConfigDict:
     """The config section of a registered dataclass: ``name`` and its fields at their defaults.
 
-    A pattern ``a+b`` has ``name`` and one sub-section per distinct part. Raises `UserError` for an
-    unknown name.
+    Parts and patterns have sub-sections, see `attnlab.patterns`. Raises `UserError` for an unknown
+    name.
     """
-    if "+" not in name:
-        result = {"name": name, **_defaults(registry.get(name))}
-    elif registry is not mechanisms:
-        raise UserError(f"{registry.kind}={name}: only attention may be a pattern over the layers")
-    else:
-        result = {"name": name} | {k: _defaults(registry.get(p)) for k, p in _parts(name).items()}
+    result = {"name": name}
+    for key, cls in _classes(registry, name).items():
+        fields = patterns.defaults(cls)
+        result |= {key: fields} if key else fields
     return ConfigDict(result).lock()
 
 
@@ -141,23 +139,17 @@ def kinds(config: ConfigDict) -> dict[str, Any]:
     """
     found = {path: kind_of(value) for path, value in flat(config).items()}
     for path, registry in REGISTRIES.items():
-        pattern = config[path].name
-        for key, name in _parts(pattern).items():
-            prefix = f"{path}.{key}" if "+" in pattern else path
-            for field, kind in _hints(registry.get(name)).items():
-                found[f"{prefix}.{field}"] = kind
+        for key, cls in _classes(registry, config[path].name).items():
+            hints, prefix = typing.get_type_hints(cls), f"{path}.{key}" if key else path
+            found |= {f"{prefix}.{field.name}": hints[field.name] for field in options(cls)}
     return found
 
 
 def mechanisms_of(config: ConfigDict) -> tuple[Mechanism, ...]:
     """One mechanism per layer, the pattern of `config.attention` cycled from the first layer."""
     fields = config.attention.to_dict()
-    name = fields.pop("name")
-    if "+" not in name:
-        return (mechanisms.get(name)(**fields),) * config.model.layers
-    built = {part: mechanisms.get(part)(**fields[key]) for key, part in _parts(name).items()}
-    cycle = itertools.cycle(name.split("+"))
-    return tuple(built[part] for part in itertools.islice(cycle, config.model.layers))
+    cycle = itertools.cycle(patterns.build(fields.pop("name"), fields))
+    return tuple(itertools.islice(cycle, config.model.layers))
 
 
 def position_of(config: ConfigDict) -> Position:
@@ -278,24 +270,10 @@ def put(config: ConfigDict, path: str, value: Any) -> None:
         config.update_from_flattened_dict({path: value})
 
 
-def _parts(name: str) -> dict[str, str]:
-    """Section key -> registry name of each distinct part of a pattern."""
-    parts: dict[str, str] = {}
-    for part in name.split("+"):
-        key = part.rpartition("/")[2].removesuffix(".py")
-        if parts.setdefault(key, part) != part:
-            raise UserError(f"attention={name}: {parts[key]} and {part} share the name {key!r}")
-    return parts
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """The fields of a dataclass at their defaults: what an instance without arguments holds."""
-    if "name" in _hints(cls):
-        raise TypeError(f"{cls.__qualname__}: the config section uses 'name' for the file name")
-    instance = cls()
-    return {name: getattr(instance, name) for name in _hints(cls)}
+def _classes(registry: Registry, name: str) -> dict[str, type]:
+    """Key of the (sub-)section, "" for the section itself -> the class whose options it holds."""
+    if registry is mechanisms:
+        return {**patterns.classes_of(name)}
+    if "+" in name:
+        raise UserError(f"{registry.kind}={name}: only attention may be a pattern over the layers")
+    return {patterns.ALONE: registry.get(name)}

@@ -408,6 +408,9 @@ class Mechanism:
     """Training hands the state on from batch to batch (``task.packing=stream``): a memory longer
     than a batch's rows. The state must then tell documents apart by the segments it keeps; its
     arrays are finite and have the rows of the batch as first axis (see `attnlab.carry`)."""
+    recalls: ClassVar[bool] = False
+    """Decoding needs the whole past besides the state: a call with a state is handed the `Keys`
+    buffer, new tokens included, as if there were none."""
     isotropic: ClassVar[bool] = True
     """Queries and keys turned alike give the same outputs. False for feature maps, which act on
     coordinates: with a position module that rotates, outputs then follow positions themselves."""
@@ -432,6 +435,11 @@ class Mechanism:
         the model then keeps as a `Keys` buffer; anything else means that the mechanism is handed
         only the new tokens and remembers what it needs."""
         return ()
+
+    def carried(self, state: Any) -> Any:
+        """What of the state training hands on, if it ``carries``; a call that is given this returns
+        as much."""
+        return state
 
     def __call__(
         self,

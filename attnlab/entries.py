@@ -89,8 +89,8 @@ def differences(configs: Sequence[ConfigDict]) -> list[str]:
 
 def _label(attention: str) -> str:
     """The attention itself, or the stem of a file of the user's own."""
-    return "+".join(
-        Path(part).stem if part.endswith(".py") else part for part in attention.split("+")
+    return "".join(
+        Path(part).stem if part.endswith(".py") else part for part in re.split(r"([+:])", attention)
     )
 
 

@@ -1,6 +1,5 @@
 """``attnlab list``: what can be chosen, and everything about one choice."""
 
-import dataclasses
 import importlib
 import inspect
 from collections.abc import Sequence
@@ -72,10 +71,12 @@ def _cards(name: str) -> str:
 
 
 def _card(kind: str, name: str) -> str:
+    from attnlab.combination import options
+
     cls, key = _registry(kind).get(name), CONFIGURED[kind]
-    options = [f"--config.{key}.{f.name}={text_of(f.default)}" for f in dataclasses.fields(cls)]
+    typed = [f"--config.{key}.{f.name}={text_of(f.default)}" for f in options(cls)]
     chosen = f"{key}={name}"
-    return "\n".join([chosen, "", inspect.getdoc(cls) or "", "", *(options or ["no options"])])
+    return "\n".join([chosen, "", inspect.getdoc(cls) or "", "", *(typed or ["no options"])])
 
 
 def _registry(kind: str) -> Any:

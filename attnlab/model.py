@@ -55,8 +55,8 @@ class Architecture:
 
 
 class Memory(NamedTuple):
-    """What one layer remembers between calls: all ``keys`` with the number of slots in use, or the
-    mechanism's own compact ``state``."""
+    """What one layer remembers between calls: all ``keys`` with the number of slots in use, the
+    mechanism's own compact ``state``, or both."""
 
     keys: Keys | None
     used: Array
@@ -78,7 +78,8 @@ def initial_memory(
     memories = []
     for mechanism in mechanisms:
         state = mechanism.initial_state(dims, batch, dtype)
-        keys = Keys.empty(dims, batch, length, dtype) if state == () else None
+        whole = state == () or mechanism.recalls
+        keys = Keys.empty(dims, batch, length, dtype) if whole else None
         memories.append(Memory(keys, jnp.zeros((), jnp.int32), state))
     return tuple(memories)
 

@@ -11,7 +11,9 @@ from attnlab.errors import UserError
 
 
 def key_of(thing: object) -> str:
-    """The registry key of an instance: the name of its file."""
+    """The registry key of an instance: the name of its file, or that of its ``origin`` if it shows
+    another instance to some of the heads."""
+    thing = getattr(thing, "origin", thing)
     return type(thing).__module__.rpartition(".")[2]
 
 

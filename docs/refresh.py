@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnlab import combination
 from attnlab.core import mechanisms, normalisers, positions
 from attnlab.data.corpora import CORPORA
 from attnlab.literals import text_of
@@ -124,7 +125,7 @@ def growth(exponent: float) -> str:
 
 def options(cls: type) -> str:
     """The fields of a dataclass with their defaults, as they are typed after its section."""
-    fields = getattr(cls, "__dataclass_fields__", {}).values()
+    fields = combination.options(cls)
     return ", ".join(f"`{field.name}={text_of(field.default)}`" for field in fields) or "none"
 
 

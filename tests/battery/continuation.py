@@ -38,7 +38,8 @@ def extend(case: Case, inputs: Inputs, pieces: tuple[int, ...]) -> np.ndarray:
         part = inputs.tokens(lambda z, a=start, b=start + piece: z[:, a:b])
         written = np.arange(LENGTH) < start + piece
         known = inputs.keys()._replace(seg=np.where(written, inputs.seg, -1))
-        out, state = step(case, part, part.keys() if state != () else known, state)
+        whole = state == () or case.mechanism.recalls
+        out, state = step(case, part, known if whole else part.keys(), state)
         assert jax.tree.map(np.shape, state) == shapes, "the state changed its shape"
         outs.append(np.asarray(out))
         start += piece
