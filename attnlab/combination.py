@@ -32,7 +32,8 @@ class OfParts(Generic[T]):
 
 def greatest(parts: tuple[Mechanism, ...]) -> Cost:
     """The growth of the whole is that of its fastest growing part."""
-    return Cost(*(max(exponents) for exponents in zip(*(part.cost for part in parts))))
+    costs = [part.cost for part in parts] or [Cost(0, 0, 0)]  # none while the class is being made
+    return Cost(*(max(exponents) for exponents in zip(*costs)))
 
 
 @dataclass(frozen=True)
