@@ -4,10 +4,12 @@ Every small file a run writes (config, lock, manifest, finished marker) goes thr
 land under a temporary name in the same directory, reach the disk, and then take the final name.
 """
 
+import csv
+import io
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,15 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON in one step; TypeError when JSON cannot hold it."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     replace_file(path, (text + "\n").encode())
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows with the same keys as CSV, in one step; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
 
 
 def read_json(path: str | os.PathLike) -> Any:

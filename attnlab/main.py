@@ -70,6 +70,12 @@ def needle(line: Line) -> int | None:
     return needle(**line.flags)
 
 
+def dilution(line: Line) -> int | None:
+    from attnlab.analysis.command import dilution
+
+    return dilution(**line.flags)
+
+
 def plan(line: Line) -> int | None:
     config = _config(line)
     from attnlab.plan import plan
@@ -167,6 +173,22 @@ COMMANDS = {
             "length": Flag("tokens of a window; default that of training", int, "N"),
             "samples": Flag("windows per distance (default 32)", int, "S"),
             "seed": Flag("of texts and strings", int, "N"),
+            **STEP,
+        },
+    ),
+    "dilution": Command(
+        dilution,
+        "How attention spreads as the keys in sight grow in number: of every normaliser, with one "
+        "key that matters; or, with --workdir, of every layer and head of a run on held-out text. "
+        "Writes CSV files and pictures.",
+        {
+            **WORKDIR,
+            "length": Flag(
+                "most keys in sight; default 65,536, or what the run was trained at", int, "N"
+            ),
+            "samples": Flag("draws of the noise, or windows of text (default 32)", int, "S"),
+            "seed": Flag("of the noise", int, "N"),
+            "out": Flag("directory to write in; default dilution, in the workdir", example="DIR"),
             **STEP,
         },
     ),

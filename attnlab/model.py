@@ -184,7 +184,7 @@ class Backbone(nn.Module):
     vocab_size: int
     mechanisms: tuple[Mechanism, ...]
     position: Position
-    normaliser: Normaliser
+    normaliser: Normaliser = Exponential()
 
     def setup(self):
         a = self.architecture

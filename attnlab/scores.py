@@ -78,7 +78,7 @@ class Scores:
     def _curve(self) -> list[dict[str, float]]:
         """Mean bits per token for context sizes in [low, high), doubling."""
         rows, low = [], 0
-        end = max(self.length, *np.flatnonzero(self.counts)[-1:] + 1)
+        end = max([self.length, *(np.flatnonzero(self.counts)[-1:] + 1)])
         while low < end:
             high = int(min(max(1, 2 * low), end))
             if count := int(self.counts[low:high].sum()):

@@ -91,6 +91,7 @@ def test_flops_count_every_visible_pair_once(fields, length, causal):
     assert BigBird(*fields).flops(DIMS, length, causal) == per_pair * pairs
 
 
+@pytest.mark.slow
 def test_reach_never_misses_a_visible_pair_and_skips_most_tiles():
     for seed in range(5):
         rng = np.random.default_rng(seed)

@@ -48,6 +48,7 @@ def test_the_choice_is_the_highest_mean_logit_a_query_and_a_head_at_a_time():
     np.testing.assert_allclose(np.sum(out, -1), 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_needle_in_a_coherent_block_is_found_at_any_distance():
     """One past block whose keys all point at the query takes nearly all of the weight."""
     rng = np.random.default_rng(0)
@@ -64,6 +65,7 @@ def test_a_needle_in_a_coherent_block_is_found_at_any_distance():
         assert result.out[0, -1, 0, 0] > 0.99
 
 
+@pytest.mark.slow
 def test_a_block_with_a_token_missing_is_seen_from_inside_only():
     """Documents that begin in the middle of a block: fast and literal form agree, packed too."""
     case = case_of(4, 3)

@@ -67,6 +67,7 @@ def read(model, params, carried, batch):
 
 
 @pytest.mark.parametrize("changes", [(), ("model.layers=2", "model.remat=true")])
+@pytest.mark.slow
 def test_rows_that_read_on_lose_what_one_long_row_loses(changes):
     whole, batches = make_stream(4)
     model = model_of(tail(*changes), VOCAB)
@@ -105,6 +106,7 @@ def test_a_row_that_does_not_go_on_starts_afresh_and_no_other_row_notices():
     np.testing.assert_array_equal(nll[others], again[others])
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_carries_what_the_whole_batch_carries():
     (whole, one), (split, two) = stepper(), stepper("optimizer.accumulate=2")
     for batch in make_stream(3)[1]:
@@ -259,6 +261,7 @@ def test_a_run_resumes_only_with_the_rows_it_had(straight):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_rewound_run_has_the_memory_of_the_state_it_went_back_to(tmp_path, monkeypatch, capsys):
     config = carrying("train.on_nan=rewind")
     Poisoned(monkeypatch, config, [5])

@@ -71,6 +71,7 @@ def compared():
     return folder / "all", (first, again.returncode), partial, again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_stops_it_and_the_same_command_goes_on(compared):
     path, (first, again), partial, _ = compared
     assert first == 128 + signal.SIGTERM

@@ -80,6 +80,7 @@ def test_the_reconstruction_trains_the_compression_and_nothing_else():
         assert np.any(z)
 
 
+@pytest.mark.slow
 def test_a_compression_that_loses_nothing_has_no_loss():
     case = Case(Compressive(segment=4, memory=4, compressed=4, rate=1), Rope())
     inputs = draw(case)

@@ -67,6 +67,7 @@ def test_greedy_is_the_argmax_of_a_full_pass_also_past_the_context(attention, ch
 
 
 @pytest.mark.parametrize("attention", ["window", TAIL])
+@pytest.mark.slow
 def test_what_fits_into_compact_states_is_never_read_again(attention, monkeypatch):
     model, params = network(attention, "attention.window=4")
     assert endless(model)

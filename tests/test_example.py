@@ -11,14 +11,14 @@ import pytest
 from battery import agreement, causality, continuation, cost, experiment
 from battery.cases import Case
 from battery.refusal import verify
-from test_battery import EVERY_PAIR, IN_TURN, promise
+from test_battery import ALWAYS, FIRST, TURNS, promise
 
 import attnlab.mechanisms
 from attnlab.config import base, mechanisms_of
 from attnlab.core import mechanisms, positions
 
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
-ALWAYS = (
+QUICK = (
     agreement.check_reference,
     agreement.check_limit,
     causality.check_causality,
@@ -30,8 +30,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 def checks():
-    everything = (*EVERY_PAIR, *IN_TURN)
-    return [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in everything]
+    everything = (*ALWAYS, *FIRST, *TURNS)
+    return [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in everything]
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def test_rows_are_orthogonal_in_blocks_and_as_long_as_gaussian_ones():
 
 
 @pytest.mark.parametrize("position", [NoPosition(), Rope()], ids=["none", "rope"])
+@pytest.mark.slow
 def test_the_error_falls_with_the_number_of_features(position):
     """At ‖q‖, ‖k‖ below D^(1/4), sixteen times the features give about a quarter of the error, and
     rope is estimated along with the rest."""

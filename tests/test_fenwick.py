@@ -24,6 +24,7 @@ def blocks(t):
     return found
 
 
+@pytest.mark.slow
 def test_levels_are_the_blocks_of_a_fenwick_tree():
     for t in range(70):
         levels = np.asarray(level_between(np.int32(t), np.arange(t + 1, dtype=np.int32), 16))

@@ -5,8 +5,9 @@ import pytest
 from battery.calls import assert_close, outputs
 from battery.cases import DIMS, Case, draw
 
+from attnlab.core import MASK
 from attnlab.errors import UserError
-from attnlab.mechanisms.knn_memory import KnnMemory
+from attnlab.mechanisms.knn_memory import KnnMemory, _kth
 from attnlab.positions.none import NoPosition
 
 GROUP = DIMS.heads // DIMS.kv_heads
@@ -51,6 +52,15 @@ def test_one_neighbour_is_the_value_of_the_nearest_key():
     q[:, 4:] = 2.5 * np.repeat(inputs.k[:, chosen], GROUP, 2)
     got = np.asarray(outputs(case, inputs._replace(q=q)))[:, 4:]
     assert_close(got, np.repeat(inputs.v[:, chosen], GROUP, 2))
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 40])
+def test_the_kth_largest_is_that_of_a_sort(k):
+    """Of both signs, of zeros, of masked logits and of very different sizes."""
+    z = np.random.default_rng(k).standard_normal((3, 40)).astype(np.float32)
+    z[0] *= np.float32(10.0) ** np.arange(-30, 10)
+    z[1, 5:20], z[1, 20:] = 0, MASK
+    np.testing.assert_array_equal(_kth(z, k)[:, 0], np.sort(z, 1)[:, -k])
 
 
 def test_keys_that_tie_with_the_last_neighbour_count_too():

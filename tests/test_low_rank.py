@@ -59,6 +59,7 @@ def test_nystrom_with_a_landmark_per_token_is_softmax_once_the_inverse_converged
     assert errors[2] < 1e-3
 
 
+@pytest.mark.slow
 def test_nystrom_does_not_gain_from_the_exact_inverse_with_few_landmarks():
     queries, keys = tokens(128, dim=16, seed=2)
     few, many = (

@@ -70,7 +70,7 @@ def test_every_alias_leads_to_a_field():
         ("train.on_nan", "stop", "abort, skip, rewind"),
         ("task.name", "txt", "not one of text"),
         ("attention", "windw", "unknown mechanism 'windw'; did you mean 'window'?"),
-        ("position.name", "rop", "unknown position 'rop'; did you mean 'rope'?"),
+        ("position.name", "rop", "unknown position 'rop'; did you mean 'rope' or 'cope'?"),
     ],
 )
 def test_a_wrong_value_is_refused_and_changes_nothing(path, text, message):

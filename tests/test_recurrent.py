@@ -85,6 +85,7 @@ def test_outputs_state_and_every_gradient_are_those_of_the_recurrence(decay):
 
 @pytest.mark.parametrize("decay", ["scalar", "both"])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.slow
 def test_the_chunk_size_changes_nothing(decay, chunk):
     seg, inputs = documents(), draw(decay)
     got = jax.jit(partial(chunked, chunk=chunk), compiler_options=QUICK)(seg, **inputs)
@@ -92,6 +93,7 @@ def test_the_chunk_size_changes_nothing(decay, chunk):
 
 
 @pytest.mark.parametrize("decay", ["none", "both"])
+@pytest.mark.slow
 def test_pieces_hand_on_the_state(decay):
     seg, inputs, outs = documents(), draw(decay), []
     wanted = token_by_token(seg, **inputs)[0]

@@ -39,6 +39,7 @@ def test_the_slots_carry_what_is_many_segments_back():
         assert moved.tolist() == [i >= j for i in range(30)]
 
 
+@pytest.mark.slow
 def test_slots_are_rewritten_from_where_they_start_not_from_what_they_were():
     """Closed writing (W = 0): every segment reads the learned slots again."""
     case = case_of(4, 3)

@@ -46,6 +46,7 @@ def test_one_cluster_is_softmax_over_normalised_shared_queries_and_keys():
     assert_close(quick_outputs(case, inputs), wanted, 5e-5)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_clusters_does_not_matter():
     case = case_of(clusters=4, length=5)
     inputs = draw(case)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from battery.calls import assert_close
 
 from attnlab.core import MASK
@@ -42,6 +43,7 @@ def test_pieces_hand_on_the_maximum():
     np.testing.assert_array_equal(np.concatenate(tops, 1), expected())
 
 
+@pytest.mark.slow
 def test_both_ways_the_maximum_is_that_of_the_document():
     _, top = running.rescale_both_ways(LOG, SEG)
     for document in (0, 2, 3):

@@ -59,6 +59,7 @@ def test_many_documents_in_long_rows_agree_with_the_literal_form(mechanism):
 
 
 @pytest.mark.parametrize("mechanism", MEMORIES, ids=repr)
+@pytest.mark.slow
 def test_empty_slots_between_tokens_change_nothing(mechanism):
     case = case_of(mechanism)
     inputs = packed(case)
@@ -84,6 +85,7 @@ def test_a_new_document_starts_fresh_to_the_bit(mechanism):
 
 
 @pytest.mark.parametrize("mechanism", MEMORIES, ids=repr)
+@pytest.mark.slow
 def test_the_state_after_a_call_serves_one_that_is_longer_than_it(mechanism):
     """75 tokens and then 75 more == 150 at once; documents go on across the cut."""
     case = case_of(mechanism)
@@ -172,6 +174,7 @@ def test_no_gradient_enters_a_cache_of_earlier_segments(mechanism):
 
 
 @pytest.mark.parametrize("mechanism", MEMORIES[3:5] + MEMORIES[6:], ids=repr)
+@pytest.mark.slow
 def test_gradients_flow_through_a_recurrent_memory(mechanism):
     case, S = case_of(mechanism), mechanism.segment
     q, k, v = gradient_of_last(case, draw(case, length=4 * S), 3 * S)

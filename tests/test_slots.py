@@ -44,6 +44,7 @@ def test_one_slot_is_the_weighted_mean_so_far():
     assert_close(outputs(case, inputs), wanted)
 
 
+@pytest.mark.slow
 def test_writes_of_any_strength_keep_their_digits():
     """Log weights of thousands, and decoding that agrees."""
     case = Case(Slots(slots=3, chunk=8), Rope())

@@ -113,6 +113,7 @@ def test_a_bad_batch_and_bad_statistics_change_nothing():
     assert_bitwise(after._replace(step=state.step), state)
 
 
+@pytest.mark.slow
 def test_statistics_that_overflow_are_not_taken_over():
     # A gate of 0 hides them from the loss, a decay of 2 doubles them.
     state, step = start(centred("attention.decay=2.0"))
@@ -124,6 +125,7 @@ def test_statistics_that_overflow_are_not_taken_over():
     assert_bitwise(after._replace(step=state.step), state)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_sharded_batch_are_those_of_one_device(monkeypatch):
     monkeypatch.setattr("attnlab.sharding.SMALL", 8)
     config = centred("task.batch=8", "optimizer.accumulate=2", "optimizer.ema=0.9")
@@ -172,6 +174,7 @@ def test_the_plan_counts_statistics_apart():
     assert "measured" not in describe(tiny(), plain, None, 10**9)
 
 
+@pytest.mark.slow
 def test_a_run_measures_while_it_trains_and_never_while_it_is_read(tmp_path):
     quick = ("train.eval_every=0", "sample.tokens=2", "train.save_every=3")
     config = tiny(f"attention={CENTRED}", "train.steps=6", *quick)

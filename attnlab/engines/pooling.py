@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import Array, Keys, Pattern
+from attnlab.core import MASK, Array, Keys, Pattern
 
 
 class Groups(NamedTuple):
@@ -111,6 +111,32 @@ def attended(keys: Keys, size: int, score: Array) -> tuple[Keys, ...]:
 
     return tuple(
         Keys(pooled(keys.k, r), pooled(keys.v, r), groups.pos, groups.seg)
+        for r in range(score.shape[-1])
+    )
+
+
+def mean_densely(keys: Keys, size: int) -> Keys:
+    """`mean`, literally: each group in the slot of its first token, the other slots empty."""
+    return attended_densely(keys, size, jnp.zeros((*keys.k.shape[:3], 1)))[0]
+
+
+def attended_densely(keys: Keys, size: int, score: Array) -> tuple[Keys, ...]:
+    """`attended`, literally: each group in the slot of its first token, the other slots empty, and
+    with its ``count``."""
+    keys, which = keys.cleared(), keys.pos // size
+    same = (keys.seg[:, :, None] == keys.seg[:, None]) & (which[:, :, None] == which[:, None])
+    same &= (keys.seg >= 0)[:, None]
+    first = jnp.argmax(same, -1) == jnp.arange(which.shape[1])
+    seg = jnp.where(first & (keys.seg >= 0), keys.seg, -1)
+    z = jnp.where(same[..., None, None], score[:, None].astype(jnp.float32), MASK)
+    weight = jnp.where(same[..., None, None], jax.nn.softmax(z, 2), 0)  # [B M M G R]
+
+    def pooled(z: Array, r: int) -> Array:
+        return jnp.einsum("bmng,bngd->bmgd", weight[..., r], z.astype(jnp.float32)).astype(z.dtype)
+
+    place, count = which * size + (size - 1) // 2, jnp.sum(same, -1).astype(jnp.float32)
+    return tuple(
+        Keys(pooled(keys.k, r), pooled(keys.v, r), place, seg, count)
         for r in range(score.shape[-1])
     )
 

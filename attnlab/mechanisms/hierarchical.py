@@ -1,6 +1,7 @@
 """H-matrix attention: exact near by, coarser and coarser far off."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,19 +85,19 @@ class Hierarchical(Mechanism):
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
         tile = segments.tile_of(2 * self.block)
-        out, lse = segments.attend(queries, rule, tile, *self._levels(keys))
+        out, lse = segments.attend(queries, rule, tile, *self._levels(keys, pooling.mean))
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         refuse_normaliser("hierarchical", rule)
-        out, lse, probs = segments.attend_densely(queries, rule, *self._levels(keys))
+        levels = self._levels(keys, pooling.mean_densely)
+        out, lse, probs = segments.attend_densely(queries, rule, *levels)
         return Result(out, state, {"lse": lse, "probs": probs})
 
-    def _levels(self, keys: Keys) -> list[tuple[Keys, Pattern]]:
+    def _levels(self, keys: Keys, mean: Callable[[Keys, int], Keys]) -> list[tuple[Keys, Pattern]]:
         levels: list[tuple[Keys, Pattern]] = [(keys, Near(self.block))]
         for level in range(1, depth(keys.pos.shape[1], self.block)):
-            means = pooling.mean(keys, 2**level)
-            levels.append((means, Neighbours(self.block * 2**level)))
+            levels.append((mean(keys, 2**level), Neighbours(self.block * 2**level)))
         return levels
 
     def limit(self, length: int):

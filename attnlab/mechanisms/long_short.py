@@ -1,5 +1,6 @@
 """Transformer-LS: a window of tokens, and a learned summary of every segment."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -57,18 +58,20 @@ class LongShort(Mechanism):
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
         tile = max(64, 1 << (self.window // 2).bit_length())
-        out, lse = segments.attend(queries, rule, tile, *self._seen(params, keys))
+        out, lse = segments.attend(queries, rule, tile, *self._seen(params, keys, pooling.attended))
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         refuse_normaliser("long_short", rule)
-        out, lse, probs = segments.attend_densely(queries, rule, *self._seen(params, keys))
+        seen = self._seen(params, keys, pooling.attended_densely)
+        out, lse, probs = segments.attend_densely(queries, rule, *seen)
         return Result(out, state, {"lse": lse, "probs": probs})
 
-    def _seen(self, params, keys: Keys) -> tuple[tuple[Keys, Pattern], ...]:
+    def _seen(self, params, keys: Keys, pool: Callable) -> tuple[tuple[Keys, Pattern], ...]:
         keys = keys.cleared()
         score = jnp.einsum("bmgd,gdr->bmgr", keys.k.astype(jnp.float32), params["pool"])
-        far = pooling.parts_of(pooling.attended(keys, self.segment, score))
+        sets = pool(keys, self.segment, score)
+        far = pooling.parts_of(tuple(z._replace(count=None) for z in sets))
         return (
             (_normed(keys, params["near"]), Near(self.window)),
             (_normed(far, params["far"]), pooling.Elsewhere(self.segment)),

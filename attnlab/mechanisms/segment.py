@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attnlab.core import Cost, Dims, Keys, Mechanism, Result
+from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result
 from attnlab.engines import pooling, segments
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser
@@ -45,17 +45,19 @@ class Segment(Mechanism):
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
         tile = segments.tile_of(self.segment)
-        out, lse = segments.attend(queries, rule, tile, *self._seen(keys))
+        means = pooling.mean(keys, self.segment)
+        out, lse = segments.attend(queries, rule, tile, *self._seen(keys, means))
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         refuse_normaliser("segment", rule)
-        out, lse, probs = segments.attend_densely(queries, rule, *self._seen(keys))
+        means = pooling.mean_densely(keys, self.segment)
+        out, lse, probs = segments.attend_densely(queries, rule, *self._seen(keys, means))
         return Result(out, state, {"lse": lse, "probs": probs})
 
-    def _seen(self, keys: Keys):
-        own = keys, segments.own(self.segment)
-        return own, (pooling.mean(keys, self.segment), pooling.Elsewhere(self.segment))
+    def _seen(self, keys: Keys, means: Keys) -> tuple[tuple[Keys, Pattern], ...]:
+        own, others = segments.own(self.segment), pooling.Elsewhere(self.segment)
+        return (keys, own), (means, others)
 
     def limit(self, length: int):
         return dataclasses.replace(self, segment=length)

@@ -9,15 +9,19 @@ from attnlab.core import MASK, Normaliser
 from attnlab.errors import UserError
 from attnlab.registry import register
 
+SAME = 1e-5
+"""Logits tie within this, relative to the larger of 1 and the logit. The compiler may compute them
+once to find the k-th and once more to compare with it, and round differently."""
+
 
 @register
 @dataclass(frozen=True)
 class TopK(Normaliser):
     """Softmax over the ``k`` largest logits of each row: p = softmax(z where z >= z_(k)), else 0.
 
-    The keys that tie with the k-th are all kept, so that the order of the keys means nothing; rows
-    with fewer keys are softmax. The number of keys that dilute is k, and they are the largest of
-    the noise. The choice itself has no gradient.
+    The keys that tie with the k-th, up to rounding, are all kept, so that the order of the keys
+    means nothing; rows with fewer keys are softmax. The number of keys that dilute is k, and they
+    are the largest of the noise. The choice itself has no gradient.
     A mechanism that attends in one pass hosts it. Shapes: z [B H N M] -> [B H N M]. No parameters;
     O(N M ln k). Raises `UserError` for k < 1. Source: Gupta et al., arXiv 2106.06899.
     """
@@ -32,9 +36,7 @@ class TopK(Normaliser):
             raise UserError(f"normaliser top_k: k={self.k}; use k >= 1")
 
     def weights(self, params, z, seen):
-        # Behind the barrier the k-th is compared with the very logits it was found among: they
-        # must not be computed, and rounded, once more.
-        rank = jax.lax.optimization_barrier(jax.lax.stop_gradient(z))
+        rank = jax.lax.stop_gradient(z)
         least = jax.lax.top_k(rank, min(self.k, z.shape[-1]))[0][..., -1:]
-        kept = seen & (rank >= least)
+        kept = seen & (rank >= least - SAME * jnp.maximum(jnp.abs(least), 1.0))
         return super().weights(params, jnp.where(kept, z, MASK), kept)

@@ -109,13 +109,11 @@ def held(claim: dict, models: dict) -> bool:
 
 
 def main() -> None:
-    start = time.monotonic()
     models = measure()
     about = {
         "command": "python experiments/extrapolation/measure.py",
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "seconds": round(time.monotonic() - start),
         "sizes": SIZES | {"evaluated tokens": SCORED, "seed": 0},
     }
     claims = json.loads(EXPECTED.read_text(encoding="utf-8"))["claims"]
