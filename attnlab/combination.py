@@ -36,6 +36,14 @@ def greatest(parts: tuple[Mechanism, ...]) -> Cost:
     return Cost(*(max(exponents) for exponents in zip(*costs)))
 
 
+def any_carries(parts: tuple[Mechanism, ...]) -> bool:
+    return any(part.carries for part in parts)
+
+
+def all_isotropic(parts: tuple[Mechanism, ...]) -> bool:
+    return all(part.isotropic for part in parts)
+
+
 @dataclass(frozen=True)
 class Combination(Mechanism):
     """Base of mechanisms made of ``parts``, named after a colon each: ``heads:window:softmax``.
@@ -49,9 +57,9 @@ class Combination(Mechanism):
     parts: tuple[Mechanism, ...] = ()
 
     default_parts: ClassVar[tuple[str, ...]] = ("window", "softmax")
-    cost: ClassVar[Any] = OfParts(greatest)
-    carries: ClassVar[Any] = OfParts(lambda parts: any(part.carries for part in parts))
-    isotropic: ClassVar[Any] = OfParts(lambda parts: all(part.isotropic for part in parts))
+    cost = OfParts(greatest)  # pyright: ignore[reportAssignmentType]
+    carries = OfParts(any_carries)  # pyright: ignore[reportAssignmentType]
+    isotropic = OfParts(all_isotropic)  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
         if not self.parts:

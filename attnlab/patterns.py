@@ -9,6 +9,8 @@ pattern, has a sub-section under its name (the stem of a file of the user's own)
 places share.
 """
 
+import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from attnlab.combination import Combination, options
@@ -56,14 +58,14 @@ def classes_of(pattern: str) -> dict[str, type[Mechanism]]:
 
     Raises `UserError` as `layers_of`, and for two things with the same key.
     """
-    names: dict[str, str] = {}
-    for layer in (layers := layers_of(pattern)):
-        alone = {ALONE: layer.name} if len(layers) == 1 else {key_of(layer.name): layer.name}
-        for key, name in [*alone.items(), *((key_of(part), part) for part in layer.parts)]:
-            if names.setdefault(key, name) != name:
-                raise UserError(
-                    f"attention={pattern}: {names[key]} and {name} share the name {key!r}"
-                )
+    typed = re.split(r"[+:]", pattern)
+    _keyed(pattern, typed if "+" in pattern else typed[1:])  # before a file is run for its name
+    layers = layers_of(pattern)
+    parts = [part for layer in layers for part in layer.parts]
+    if len(layers) == 1:
+        names = {ALONE: layers[0].name, **_keyed(pattern, parts)}
+    else:
+        names = _keyed(pattern, [*(layer.name for layer in layers), *parts])
     found = {key: mechanisms.get(name) for key, name in names.items()}
     for field in options(found[ALONE]) if ALONE in found else ():
         if field.name in found:
@@ -97,6 +99,16 @@ def defaults(cls: type) -> dict[str, Any]:
         raise TypeError(f"{cls.__qualname__}: the config section uses 'name' for the file name")
     instance = cls()
     return {name: getattr(instance, name) for name in names}
+
+
+def _keyed(pattern: str, names: Iterable[str]) -> dict[str, str]:
+    """Names by their keys."""
+    keys: dict[str, str] = {}
+    for name in names:
+        key = key_of(name)
+        if keys.setdefault(key, name) != name:
+            raise UserError(f"attention={pattern}: {keys[key]} and {name} share the name {key!r}")
+    return keys
 
 
 def key_of(name: str) -> str:

@@ -53,7 +53,12 @@ def test_the_kept_paths_weigh_one_together_and_the_others_still_learn():
     alone = [np.asarray(call(part, inputs, {}).out) for part in PARTS]
     params = inputs.params[0]
     assert_close(call(one, inputs, params).out, np.where(first, *alone))
-    gradient = jax.grad(lambda p: (call(one, inputs, p).out ** 2).sum())(params)
+    rule = Case(one, NoPosition()).rule(inputs.params[1])
+
+    def loss(p):
+        return (one(p, inputs.queries(), inputs.keys(), rule, x=inputs.x).out ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
     assert np.any(gradient["router"])
 
 
