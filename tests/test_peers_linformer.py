@@ -41,7 +41,9 @@ def test_outputs_and_gradients_equal_those_of_the_linformer_package(kv_heads):
     draw = iter(jax.random.split(jax.random.key(0), 6))
     shapes = [(B, N, heads, D) for heads in (H, kv_heads, kv_heads, H)]
     q, k, v, weight = (jax.random.normal(next(draw), shape) for shape in shapes)
-    params = {name: jax.random.normal(next(draw), (LENGTH, RANK)) for name in ("keys", "values")}
+    params = {
+        name: jax.random.normal(next(draw), (LENGTH, RANK)) / 4 for name in ("keys", "values")
+    }
     pos = jnp.broadcast_to(jnp.arange(N), (B, N))
 
     def loss(q, k, v, params):
@@ -52,4 +54,4 @@ def test_outputs_and_gradients_equal_those_of_the_linformer_package(kv_heads):
     grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, params)
     ours = (out, *grads[:3], grads[3]["keys"], grads[3]["values"])
     for a, b in zip(ours, their_attention(q, k, v, params, weight)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -27,8 +27,8 @@ def balanced_tokens():
     """Unit centroids [H K D], and tokens [B N H D] of which each has N / K near it."""
     draw = np.random.default_rng(0)
     signs = np.array([[1, -1], [1, 1]])
-    rows = np.kron(np.kron(signs, signs), signs)  # orthogonal; row 6 is the only constant one
-    centroids = np.stack([draw.permutation(np.delete(rows, 6, 0))[:K] for _ in range(H)]) / D**0.5
+    rows = np.kron(np.kron(signs, signs), signs)  # orthogonal; row 7 is the constant one
+    centroids = np.stack([draw.permutation(np.delete(rows, 7, 0))[:K] for _ in range(H)]) / D**0.5
     own = draw.permuted(np.tile(np.arange(N) % K, (B, H, 1)), axis=2)
     near = np.moveaxis(centroids[np.arange(H)[:, None], own], 1, 2)
     tokens = near + 0.1 * draw.standard_normal((B, N, H, D))
