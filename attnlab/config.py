@@ -20,6 +20,7 @@ from attnlab.literals import kind_of, parse, text_of
 from attnlab.registry import Registry
 
 if TYPE_CHECKING:
+    from attnlab.data.tokenizers import Tokenizer
     from attnlab.model import Architecture, Transformer
 
 
@@ -180,16 +181,25 @@ def architecture_of(config: ConfigDict) -> "Architecture":
     return Architecture(**fields)
 
 
-def model_of(config: ConfigDict, vocab_size: int) -> "Transformer":
-    """The language model of a config, for a tokenizer of ``vocab_size`` ids."""
+def model_of(
+    config: ConfigDict, vocab_size: int, tokenizer: "Tokenizer | None" = None
+) -> "Transformer":
+    """The language model of a config, for a tokenizer of ``vocab_size`` ids, which is asked where
+    units of text end if a mechanism wants to know."""
     from attnlab.model import Transformer
 
+    mechanisms, marks = mechanisms_of(config), b""
+    if tokenizer is not None and any(mechanism.marked for mechanism in mechanisms):
+        from attnlab.data.tokenizers import marks_of
+
+        marks = marks_of(tokenizer)
     return Transformer(
         architecture_of(config),
         vocab_size,
-        mechanisms_of(config),
+        mechanisms,
         position_of(config),
         normaliser_of(config),
+        marks,
     )
 
 

@@ -41,7 +41,8 @@ class Keys(NamedTuple):
     A slot with ``seg`` < 0 is empty: whatever it holds, even NaN, is never seen. The KV cache is
     itself a `Keys`, unrotated. ``count`` [B M] f32 says how many tokens a slot stands for, None
     that each is one: a mean over c tokens weighs as much as they do when ln c is added to its
-    logit, and a uniform query then sees their true mean.
+    logit, and a uniform query then sees their true mean. ``unit`` [B M] int32 marks where units of
+    text begin and end, see `Mechanism.marked`; None: unknown.
     """
 
     k: Array
@@ -49,6 +50,7 @@ class Keys(NamedTuple):
     pos: Array
     seg: Array
     count: Array | None = None
+    unit: Array | None = None
 
     @property
     def log_count(self) -> Array | None:
@@ -414,6 +416,10 @@ class Mechanism:
     isotropic: ClassVar[bool] = True
     """Queries and keys turned alike give the same outputs. False for feature maps, which act on
     coordinates: with a position module that rotates, outputs then follow positions themselves."""
+
+    marked: ClassVar[bool] = False
+    """The model hands over keys with a ``unit``: 4 b + e for a token that begins a unit of level b
+    and ends one of level e; 0 none, 1 a word, 2 a sentence, 3 a paragraph, and all levels below."""
 
     @property
     def relative(self) -> bool:

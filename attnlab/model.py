@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlab.core import (
     Array,
@@ -78,8 +79,14 @@ def initial_memory(
     memories = []
     for mechanism in mechanisms:
         state = mechanism.initial_state(dims, batch, dtype)
+<<<<<<< HEAD
         whole = state == () or mechanism.recalls
         keys = Keys.empty(dims, batch, length, dtype) if whole else None
+=======
+        keys = Keys.empty(dims, batch, length, dtype) if state == () else None
+        if keys is not None and mechanism.marked:
+            keys = keys._replace(unit=jnp.zeros_like(keys.pos))
+>>>>>>> hier
         memories.append(Memory(keys, jnp.zeros((), jnp.int32), state))
     return tuple(memories)
 
@@ -98,7 +105,7 @@ class Attention(nn.Module):
     normaliser: Normaliser
 
     @nn.compact
-    def __call__(self, x, pos, seg, position_params, memory, taps):
+    def __call__(self, x, pos, seg, unit, position_params, memory, taps):
         a, B, N = self.architecture, *x.shape[:2]
 
         def project(name: str, heads: int) -> Array:
@@ -108,6 +115,8 @@ class Attention(nn.Module):
 
         queries = Queries(project("query", a.heads), pos, seg)
         keys = Keys(project("key", a.kv_heads), project("value", a.kv_heads), pos, seg)
+        if self.mechanism.marked:
+            keys = keys._replace(unit=unit)
         if position_params is None:
             position_params = self.param("position", self.position.init, a.dims)
         weighing = self.param("normaliser", self.normaliser.init, a.dims)
@@ -166,25 +175,31 @@ class Block(nn.Module):
     taps: tuple
 
     @nn.compact
-    def __call__(self, x, pos, seg, position_params, memory):
+    def __call__(self, x, pos, seg, unit, position_params, memory):
         a = self.architecture
         drop = nn.Dropout(a.dropout, deterministic=not self.train)
         attention = Attention(a, self.mechanism, self.position, self.normaliser, name="attention")
         z = nn.RMSNorm(dtype=a.dtype, name="attention_norm")(x)
-        z, memory, aux = attention(z, pos, seg, position_params, memory, self.taps)
+        z, memory, aux = attention(z, pos, seg, unit, position_params, memory, self.taps)
         x += drop(z)
         x += drop(Mlp(a, name="mlp")(nn.RMSNorm(dtype=a.dtype, name="mlp_norm")(x)))
         return x, memory, aux
 
 
 class Backbone(nn.Module):
-    """Tokens [B N] to hidden states [B N width]; ``mechanisms`` has one entry per layer."""
+    """Tokens [B N] to hidden states [B N width]; ``mechanisms`` has one entry per layer, and
+    ``marks`` one byte per token id, its ``unit`` (see `Mechanism.marked`), or none: all 0."""
 
     architecture: Architecture
     vocab_size: int
     mechanisms: tuple[Mechanism, ...]
     position: Position
+<<<<<<< HEAD
     normaliser: Normaliser = Exponential()
+=======
+    normaliser: Normaliser
+    marks: bytes = b""
+>>>>>>> hier
 
     def setup(self):
         a = self.architecture
@@ -202,12 +217,16 @@ class Backbone(nn.Module):
         x = self.position.embed(shared or {}, x, pos)
         x = nn.Dropout(a.dropout, deterministic=not train)(x)
         memory = memory or (None,) * len(self.mechanisms)
+        unit = None
+        if any(mechanism.marked for mechanism in self.mechanisms):
+            table = np.frombuffer(self.marks or bytes(self.vocab_size), np.uint8)
+            unit = jnp.asarray(table, jnp.int32)[tokens]
         block, after, aux = nn.remat(Block) if a.remat else Block, [], []
         for i, (mechanism, past) in enumerate(zip(self.mechanisms, memory)):
             layer = block(
                 a, mechanism, self.position, self.normaliser, train, taps, name=f"layer_{i}"
             )
-            x, past, extra = layer(x, pos, seg, shared, past)
+            x, past, extra = layer(x, pos, seg, unit, shared, past)
             after.append(past)
             aux.append(extra)
         return self.norm(x), Extras(tuple(after), tuple(aux))
@@ -217,7 +236,7 @@ class Transformer(nn.Module):
     """A language model: tokens [B N] to f32 logits [B N vocab_size] of the next token.
 
     ``pos`` and ``seg`` [B N] as in `attnlab.core`; ``memory`` from `initial_memory` to continue a
-    sequence. Returns ``(logits, Extras)``.
+    sequence; ``marks`` as for `Backbone`. Returns ``(logits, Extras)``.
     """
 
     architecture: Architecture
@@ -225,11 +244,12 @@ class Transformer(nn.Module):
     mechanisms: tuple[Mechanism, ...]
     position: Position
     normaliser: Normaliser = Exponential()
+    marks: bytes = b""
 
     def setup(self):
         a = self.architecture
         self.backbone = Backbone(
-            a, self.vocab_size, self.mechanisms, self.position, self.normaliser
+            a, self.vocab_size, self.mechanisms, self.position, self.normaliser, self.marks
         )
         if not a.tied:
             self.head = _dense(self.vocab_size, 1.0, a.dtype, "head")

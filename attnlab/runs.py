@@ -43,7 +43,7 @@ def open_run(path: str | Path, step: int | None = None) -> Run:
     file = workdir.path / "config.json"
     config = from_json(file.read_text(encoding="utf-8"), str(file))
     tokenizer = tokenizers.load(workdir.path)
-    model = model_of(config, tokenizer.vocab_size)
+    model = model_of(config, tokenizer.vocab_size, tokenizer)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=here), shapes)

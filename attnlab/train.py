@@ -104,7 +104,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, task: Any, mesh: Any, run: Workdir):
         self.config, self.task, self.run = config, task, run
-        self.model = model_of(config, task.vocab_size)
+        self.model = model_of(config, task.vocab_size, getattr(task, "tokenizer", None))
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.rows = batch_sharding(mesh, config.task.batch)

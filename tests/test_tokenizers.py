@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attnlab.data import bpe, places
 from attnlab.data.textset import Index, TextSet, TextSplit
-from attnlab.data.tokenizers import ByteTokenizer, load, make_tokenizer
+from attnlab.data.tokenizers import ByteTokenizer, load, make_tokenizer, marks_of
 from attnlab.errors import DataError, UserError
 from attnlab.manifest import write_manifest
 
@@ -136,3 +136,22 @@ def test_an_unreadable_saved_tokenizer_is_a_data_error(tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         load(tmp_path)
+
+
+def test_marks_say_where_words_sentences_and_paragraphs_end():
+    marks = marks_of(ByteTokenizer())
+    assert len(marks) == 257
+    assert [marks[byte] for byte in b'a \t.!?\n\xe9"'] == [0, 1, 1, 2, 2, 2, 3, 0, 0]
+    assert marks[256] == 3
+
+
+def test_a_byte_pair_marks_what_it_begins_and_ends(trained):
+    class Spelled(ByteTokenizer):
+        spelled = (b" the", b"the", b". ", b'."', b" a.", b"\n\n", b"")
+        vocab_size, boundary = 7, 6
+
+        def decode(self, ids):
+            return b"".join(self.spelled[number] for number in ids)
+
+    assert list(marks_of(Spelled())) == [4, 0, 2, 2, 6, 3, 3]
+    assert len(marks_of(trained)) == 300

@@ -12,6 +12,9 @@ from attnlab.errors import AttnlabError, DataError, UserError
 
 FILE = "tokenizer.json"
 
+ENDS = {b" \t\r": 1, b".!?": 2, b"\n": 3, b"\"')]": 0}
+"""The level of the unit that a byte ends; what closes a quotation belongs to the mark before it."""
+
 
 class Tokenizer(Protocol):
     """`boundary` stands before the first and after the last token of a document."""
@@ -88,3 +91,20 @@ def make_tokenizer(spec: str, text: TextSet) -> Tokenizer:
 
         return open_bpe(spec, text)
     raise UserError(f"no tokenizer {spec!r}; known: bytes, bpe:SIZE such as bpe:4096")
+
+
+def marks_of(tokenizer: Tokenizer) -> bytes:
+    """What each token id says about units of text, see `attnlab.core.Mechanism.marked`.
+
+    White space ends a word, ``.``, ``!`` and ``?`` a sentence, a line feed or the boundary a
+    paragraph, wherever they stand; white space in front of other bytes begins a word.
+    """
+    level = {byte: end for group, end in ENDS.items() for byte in group}
+    marks = bytearray()
+    for number in range(tokenizer.vocab_size):
+        content = tokenizer.decode(np.asarray([number]))
+        body = content.rstrip(bytes(level))
+        ends = max((level[byte] for byte in content[len(body) :]), default=0)
+        begins = int(body != b"" and level.get(body[0]) == 1)
+        marks.append(3 if number == tokenizer.boundary else 4 * begins + ends)
+    return bytes(marks)

@@ -131,7 +131,7 @@ def small(name: str) -> Normaliser:
 
 class Inputs(NamedTuple):
     """All that a call receives: ``params`` = (mechanism's, those of `Case.rule`), then tokens, as
-    in `attnlab.core`; ``x`` [B N width]."""
+    in `attnlab.core`; ``x`` [B N width]; ``unit`` [B N] for mechanisms that want marks."""
 
     params: Any
     q: Any
@@ -140,16 +140,17 @@ class Inputs(NamedTuple):
     x: Any
     pos: Any
     seg: Any
+    unit: Any = None
 
     def queries(self) -> Queries:
         return Queries(self.q, self.pos, self.seg)
 
     def keys(self) -> Keys:
-        return Keys(self.k, self.v, self.pos, self.seg)
+        return Keys(self.k, self.v, self.pos, self.seg, unit=self.unit)
 
     def tokens(self, change) -> "Inputs":
         """The same parameters, and every array of tokens [B N ...] changed."""
-        return Inputs(self.params, *(change(z) for z in self[1:]))
+        return Inputs(self.params, *jax.tree.map(change, self[1:]))
 
     def cast(self, dtype) -> "Inputs":
         """Features in another dtype; parameters stay."""
@@ -174,7 +175,13 @@ def draw(
         normal((batch, length, dims.width), np.float32),
         pos,
         np.zeros_like(pos),
+        units_of(pos + 5 * seed) if case.mechanism.marked else None,
     )
+
+
+def units_of(tokens: np.ndarray) -> np.ndarray:
+    """Marks where units begin and end, as if by tokens of these ids; see `Mechanism.marked`."""
+    return np.asarray([0, 1, 4, 0, 2, 1, 0, 3, 0, 2, 5, 0, 1, 3, 0, 4, 2], np.int32)[tokens % 17]
 
 
 @lru_cache

@@ -94,6 +94,6 @@ def check_keys_all_hidden(case: Case) -> None:
 def check_batch_rows(case: Case) -> None:
     """A row of the batch does not see another."""
     inputs, other = draw(case), draw(case, seed=9)
-    rows = [np.stack([a[0], b[1]]) for a, b in zip(inputs[1:], other[1:])]
+    rows = jax.tree.map(lambda a, b: np.stack([a[0], b[1]]), inputs[1:], other[1:])
     mixed = type(inputs)(inputs.params, *rows)
     np.testing.assert_array_equal(outputs(case, mixed)[0], outputs(case, inputs)[0])

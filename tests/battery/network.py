@@ -7,7 +7,7 @@ import numpy as np
 
 from attnlab.model import Architecture, Transformer
 from battery.calls import QUICK
-from battery.cases import BATCH, LENGTH, Case, shaken
+from battery.cases import BATCH, LENGTH, Case, shaken, units_of
 
 VOCABULARY = 17
 
@@ -24,7 +24,8 @@ def network_of(case: Case, layers: int = 1) -> Transformer:
         causal=case.causal,
     )
     layered = (case.mechanism,) * layers
-    return Transformer(architecture, VOCABULARY, layered, case.position, case.normaliser)
+    marks = bytes(units_of(np.arange(VOCABULARY)).tolist()) if case.mechanism.marked else b""
+    return Transformer(architecture, VOCABULARY, layered, case.position, case.normaliser, marks)
 
 
 def tokens_of(batch: int = BATCH, length: int = LENGTH):

@@ -74,7 +74,7 @@ def _assert_rows_agree(rows, wanted) -> None:
 
 def _batch(inputs: Inputs, row: tuple) -> Inputs:
     """The parameters of ``inputs`` with a batch of the one row."""
-    return Inputs(inputs.params, *(z[None] for z in row))
+    return Inputs(inputs.params, *jax.tree.map(lambda z: z[None], row))
 
 
 def check_sharding(case: Case) -> None:

@@ -1,0 +1,48 @@
+"""Tokens of one set found in another by segment and position, and one softmax over sets of keys of
+which each is asked by queries of its own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.core import MASK, Array, Keys, Queries, Rule
+from attnlab.engines import dense
+
+
+def locate(pos: Array, seg: Array, among_pos: Array, among_seg: Array) -> Array:
+    """The slot of the token at ``pos`` of document ``seg`` [B N] among tokens [B M]: int32 [B N],
+    -1 where there is none or the slot that asks is empty. Cost: a sort, O((N + M) log(N + M))."""
+    M = among_pos.shape[1]
+    both_pos = jnp.concatenate([among_pos, pos], 1)
+    both_seg = jnp.concatenate([among_seg, seg], 1)
+    asks = jnp.broadcast_to(jnp.arange(both_pos.shape[1]) >= M, both_pos.shape)
+    order = jnp.lexsort((asks, both_pos, both_seg))
+    latest = jax.lax.cummax(jnp.where(order < M, jnp.arange(order.shape[1]), -1), axis=1)
+    slot = jnp.take_along_axis(order, jnp.maximum(latest, 0), 1)
+    slot = jnp.take_along_axis(slot, jnp.argsort(order, 1)[:, M:], 1)
+    slot = jnp.minimum(slot, M - 1)
+
+    def same(z: Array, among: Array) -> Array:
+        return jnp.take_along_axis(among, slot, 1) == z
+
+    found = (seg >= 0) & same(seg, among_seg) & same(pos, among_pos)
+    return jnp.where(found, slot, -1)
+
+
+def attend_densely(rule: Rule, *parts: tuple[Queries, Keys, Array]) -> tuple[Array, Array, Array]:
+    """One softmax over the keys of all parts, side by side, with [B H N M] arrays.
+
+    A part has the queries that ask it, one for every row of the result, its keys, and which of
+    those that the rule allows count: bool [B N M]. Returns ``out``, ``lse`` and ``probs`` as
+    `dense.attend`.
+    """
+    bare = dataclasses.replace(rule, taps=())
+    seen = jnp.concatenate([(bare.allowed(q, k) & a) for q, k, a in parts], -1)[:, None]
+    z = jnp.concatenate([bare.logits(q, k) for q, k, _ in parts], -1)
+    z = jnp.where(seen, rule.tap("logits", z), MASK)
+    probs = rule.tap("probs", rule.weights(z, seen))
+    v = jnp.concatenate([keys.cleared().v.astype(jnp.float32) for _, keys, _ in parts], 1)
+    v = jnp.repeat(v, probs.shape[1] // v.shape[2], 2)
+    out = jnp.einsum("bhnm,bmhe->bnhe", probs, v).astype(parts[0][0].q.dtype)
+    return rule.tap("heads", out), dense.log_sum(z, seen), probs
