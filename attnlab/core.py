@@ -376,7 +376,8 @@ class Rule:
         k = self.rotate(keys.k, keys.pos, "key").swapaxes(1, 2)
         seen = self.allowed(queries, keys)[:, None]
         z = self.rows(q, k, seen, queries.pos, keys.pos)
-        z = z if keys.count is None else z + keys.log_count[:, None, None]
+        log_count = keys.log_count
+        z = z if log_count is None else z + log_count[:, None, None]
         if back is not None:
             z, seen = (jnp.take_along_axis(a, back[:, None, None], -1) for a in (z, seen))
         return jnp.where(seen, self.tap("logits", z), MASK)

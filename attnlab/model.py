@@ -79,14 +79,10 @@ def initial_memory(
     memories = []
     for mechanism in mechanisms:
         state = mechanism.initial_state(dims, batch, dtype)
-<<<<<<< HEAD
         whole = state == () or mechanism.recalls
         keys = Keys.empty(dims, batch, length, dtype) if whole else None
-=======
-        keys = Keys.empty(dims, batch, length, dtype) if state == () else None
         if keys is not None and mechanism.marked:
             keys = keys._replace(unit=jnp.zeros_like(keys.pos))
->>>>>>> hier
         memories.append(Memory(keys, jnp.zeros((), jnp.int32), state))
     return tuple(memories)
 
@@ -194,12 +190,8 @@ class Backbone(nn.Module):
     vocab_size: int
     mechanisms: tuple[Mechanism, ...]
     position: Position
-<<<<<<< HEAD
     normaliser: Normaliser = Exponential()
-=======
-    normaliser: Normaliser
     marks: bytes = b""
->>>>>>> hier
 
     def setup(self):
         a = self.architecture
