@@ -11,7 +11,7 @@ import pytest
 from battery import agreement, causality, continuation, cost, experiment
 from battery.cases import Case
 from battery.refusal import verify
-from test_battery import ALWAYS, FIRST, TURNS, promise
+from test_battery import ALWAYS, CHEAP, TURNS, promise
 
 import attnlab.mechanisms
 from attnlab.config import base, mechanisms_of
@@ -30,7 +30,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 def checks():
-    everything = (*ALWAYS, *FIRST, *TURNS)
+    everything = (*ALWAYS, *CHEAP, *TURNS)
     return [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in everything]
 
 

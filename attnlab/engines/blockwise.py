@@ -49,7 +49,8 @@ def attend(
     M = keys.k.shape[1]
     q_tile, k_tile = tile_size(N, B * H, tile), tile_size(M, B * H, tile)
     seen_by = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
-    log_count = None if keys.count is None else _tiles(keys.log_count, k_tile, 0)
+    log_count = keys.log_count
+    log_count = None if log_count is None else _tiles(log_count, k_tile, 0)
     seen = Tokens(_tiles(keys.pos, k_tile, 0), _tiles(keys.seg, k_tile, -1), log_count)
     out, lse = _attend(
         rule,

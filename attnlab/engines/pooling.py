@@ -1,9 +1,10 @@
 """Tokens of a document in groups of equally many positions, and one token for each group.
 
 A group holds the positions [g size, (g + 1) size) of its document, wherever in a buffer they begin
-and however the sequence was cut; tokens stand in the order of their positions. Groups are numbered as they appear and packed to the front, so the
-slots behind the last one are empty and engines skip them: there are as many slots as tokens because
-a row may hold that many documents, and as much work as groups.
+and however the sequence was cut; tokens stand in the order of their positions. Groups are numbered
+as they appear and packed to the front, so the slots behind the last one are empty and engines skip
+them: there are as many slots as tokens because a row may hold that many documents, and as much work
+as groups.
 """
 
 from __future__ import annotations
