@@ -18,3 +18,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not any(item.iter_markers("xdist_group")):
             item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forget what was compiled when the next test belongs elsewhere: programs that nobody calls
+    again fill the memory, and a process may map only so many of them."""
+    if nextitem is not None and group_of(nextitem) != group_of(item):
+        jax.clear_caches()
+
+
+def group_of(item):
+    return next(item.iter_markers("xdist_group")).args
