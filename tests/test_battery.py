@@ -127,7 +127,7 @@ def test_every_pair(check, case):
     verify(check, case)
 
 
-@pytest.mark.parametrize("case", cases(weighed(), weighed_in_turn()[::3]))
+@pytest.mark.parametrize("case", cases(weighed(), weighed_in_turn()[::6]))
 def test_normalisers(case):
     verify(weighing.check_weighing, case)
 
