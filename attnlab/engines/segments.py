@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab.core import MASK, Array, Keys, Pattern, Queries, Rule
-from attnlab.engines import blockwise, parts
+from attnlab.core import Array, Keys, Pattern, Queries, Rule
+from attnlab.engines import blockwise, matching, parts
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,8 @@ def attend_densely(
     queries: Queries, rule: Rule, *seen: tuple[Keys, Pattern]
 ) -> tuple[Array, Array, Array]:
     """`attend`, literally, and its ``probs`` [B H N M] with the sets side by side."""
-    bare = dataclasses.replace(rule, taps=())
-    behind = [(bare.restrict(pattern), keys) for keys, pattern in seen]
-    allowed = jnp.concatenate([part.allowed(queries, keys) for part, keys in behind], -1)[:, None]
-    z = jnp.concatenate([part.logits(queries, keys) for part, keys in behind], -1)
-    z = jnp.where(allowed, rule.tap("logits", z), MASK)
-    probs = rule.tap("probs", jnp.where(allowed, jax.nn.softmax(z, -1), 0))
-    v = jnp.concatenate([keys.cleared().v.astype(jnp.float32) for _, keys in behind], 1)
-    v = jnp.repeat(v, probs.shape[1] // v.shape[2], 2)
-    out = jnp.einsum("bhnm,bmhe->bnhe", probs, v).astype(queries.q.dtype)
-    lse = jnp.where(jnp.any(allowed, -1), jax.nn.logsumexp(z, -1), MASK)
-    return rule.tap("heads", out), lse, probs
+    sets = ((queries, k, rule.restrict(pattern).allowed(queries, k)) for k, pattern in seen)
+    return matching.attend_densely(rule, *sets)
 
 
 def join(*attended: tuple[Array, Array]) -> tuple[Array, Array]:

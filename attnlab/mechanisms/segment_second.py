@@ -59,7 +59,7 @@ class SegmentSecond(Mechanism):
         inner, keys = segments.part_of(rule), keys.cleared()
         near, _, probs = dense.attend(queries, keys, inner.restrict(segments.own(self.segment)))
         far = inner.restrict(pooling.Elsewhere(self.segment))
-        far, _, far_probs = dense.attend(queries, literal_means(keys, self.segment), far)
+        far, _, far_probs = dense.attend(queries, pooling.mean_densely(keys, self.segment), far)
         gate = jnp.tanh(params["gate"])[:, None, None]
         probs = jnp.concatenate([probs, gate * far_probs], -1)
         return Result(rule.tap("heads", _gated(params, near, far)), state, {"probs": probs})
@@ -78,19 +78,3 @@ class SegmentSecond(Mechanism):
 
 def _gated(params, near: Array, far: Array) -> Array:
     return near + (jnp.tanh(params["gate"])[:, None] * far).astype(near.dtype)
-
-
-def literal_means(keys: Keys, size: int) -> Keys:
-    """One mean for each group of ``size`` positions, in the slot of its last token; [B M M]."""
-    place, full = keys.pos // size, keys.seg >= 0
-    same = (place[..., None] == place[:, None]) & (keys.seg[..., None] == keys.seg[:, None])
-    same &= (full[..., None]) & full[:, None]
-    later = same & (keys.pos[:, None] > keys.pos[..., None])
-    count = jnp.sum(same, -1).astype(jnp.float32)
-
-    def mean(z: Array) -> Array:
-        total = jnp.einsum("bjm,bmgd->bjgd", same.astype(jnp.float32), z.astype(jnp.float32))
-        return (total / jnp.maximum(count, 1)[..., None, None]).astype(z.dtype)
-
-    seg = jnp.where(full & ~jnp.any(later, -1), keys.seg, -1)
-    return Keys(mean(keys.k), mean(keys.v), place * size + (size - 1) // 2, seg, count)
