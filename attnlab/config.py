@@ -72,6 +72,7 @@ def base(
                 "log_every": 10,
                 "eval_every": 200,  # 0 = only at the end; the same for save_every
                 "save_every": 200,
+                "dilution_every": 0,  # entropy, sinks, ... of every head into the metrics; 0 = off
                 "keep": 3,  # newest checkpoints
                 "on_nan": "abort",
                 "tensorboard": True,

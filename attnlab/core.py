@@ -94,8 +94,8 @@ class Result(NamedTuple):
     """``out`` [B N H E] in the dtype of the queries; ``state`` for the next call; ``aux`` a dict.
 
     Keys of ``aux``: ``lse`` [B H N] f32, ``probs`` [B H N M] (dense forms only), ``loss`` (scalar
-    balance terms, added to the training loss), ``statistics`` (next value of the parameters of that
-    name, see `Mechanism.init`), ``stats`` (scalars worth logging).
+    terms added to the training loss, means over the tokens of the batch), ``statistics`` (next
+    value of the parameters of that name, see `Mechanism.init`), ``stats`` (scalars worth logging).
     """
 
     out: Array

@@ -9,6 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from attnlab.analysis.charts import plot_spread
+from attnlab.analysis.logged import history
 from attnlab.config import base, diff
 from attnlab.decode import sample_text
 from attnlab.errors import DataError, UserError
@@ -18,6 +20,8 @@ from attnlab.metrics import read_metrics
 from attnlab.page import count, image, number, plain, table, write_page
 from attnlab.plots import plot_contexts, plot_training
 from attnlab.workdir import Workdir
+
+SPREAD = "dilution.png"
 
 
 def finish(
@@ -48,7 +52,9 @@ def finish(
     alone = {name: bits["alone"] for name, bits in baselines.items()}
     plot_training({run.path.name: rows}, run.path / "loss.png", alone)
     plot_contexts({"test": results["test"]["loss_by_context"]}, run.path / "context.png")
-    write_report(run, config, task.info(), results, baselines, sample)
+    if spread := history(rows, "entropy"):
+        plot_spread(rows, run.path / SPREAD)
+    write_report(run, config, task.info(), results, baselines, sample, bool(spread))
     bits = results["test"]["bits_per_byte"]
     print(format_scores(results["test"]))
     print(format_baselines(bits, baselines))
@@ -72,8 +78,10 @@ def write_report(
     results: Mapping[str, Mapping[str, Any]],
     baselines: Mapping[str, Mapping[str, float]],
     sample: bytes,
+    spread: bool = False,
 ) -> None:
-    """``report.html`` in the workdir: one self-contained file."""
+    """``report.html`` in the workdir: one self-contained file. ``spread`` says that there is a
+    picture of how the attention spread while the run learnt."""
     test, attempts = results["test"], read_json(run.path / "run.json")["attempts"]
     defaults = base(config.attention.name, config.position.name, config.normaliser.name)
     changed = diff(defaults, config) or ["nothing"]
@@ -123,6 +131,7 @@ def write_report(
                 )
             ],
         ),
+        *(["<h2>How attention spreads</h2>", image(run.path / SPREAD)] if spread else []),
         "<h2>How it was made</h2>",
         f"<pre>{html.escape(shlex.join(attempts[-1]['command']))}</pre>",
         f"<p>Changed from the defaults: <code>{html.escape('; '.join(changed))}</code></p>",

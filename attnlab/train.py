@@ -1,8 +1,8 @@
 """The training loop: restore; take steps to the next rest; evaluate and save there; go on.
 
-A rest is where the state is evaluated or saved: the loss and gradient of every step before it have
-then been seen to be finite. Between rests the numbers are read one step late, so that the device
-never waits for the host.
+A rest is where the state is evaluated, looked into or saved: the loss and gradient of every step
+before it have then been seen to be finite. Between rests the numbers are read one step late, so
+that the device never waits for the host.
 """
 
 import errno
@@ -168,6 +168,8 @@ class Trainer:
                 step = int(self.state.step)
                 if self.evaluates(step):
                     self.evaluate(step, stop)
+                if self.observes(step):
+                    self.observe(step)
                 if self.checkpoints.due(step):
                     self.save()
         finally:
@@ -196,7 +198,7 @@ class Trainer:
             late = step, metrics
             if step >= self.config.train.steps or stop():
                 break
-            if self.evaluates(step) or self.checkpoints.due(step):
+            if self.evaluates(step) or self.observes(step) or self.checkpoints.due(step):
                 break
         return self.record(*late)
 
@@ -294,6 +296,19 @@ class Trainer:
             bits = result["bits_per_byte"]
             self.writer.write(step, **{"validation/bits_per_byte": bits})
             self.progress.note(f"step {step}: validation {bits:.4f} bits per byte")
+
+    def observes(self, step: int) -> bool:
+        """Whether it is measured at a step how the attention spreads."""
+        every = self.config.train.dilution_every
+        return every > 0 and step % every == 0
+
+    def observe(self, step: int) -> None:
+        """Writes how the attention of every layer and head spreads, on held-out text."""
+        from attnlab.analysis.logged import measure_spread
+
+        params = self.state.evaluated
+        spread = measure_spread(self.model, params, self.task, self.config, self.rows)
+        self.writer.write(step, **spread)
 
     def finish(self, stop: Callable[[], bool]) -> None:
         """The scores, sample, plots and report of the last step. Raises `Stopped`."""

@@ -12,20 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from battery.calls import QUICK
-from tiny import tiny, trained
+from tiny import saved_state, tiny, trained
 
 from attnlab.analysis.dilution import NAMES, SINKS, TOP, measure_rows
+from attnlab.analysis.logged import FORM, KEY, LOGGED, history
 from attnlab.analysis.margins import FORMS, among, build, sweep, weight
-from attnlab.analysis.observed import ALL, OWN, Observed, cut, measure_layers, observe, own_rule
+from attnlab.analysis.observed import (
+    ALL,
+    OWN,
+    Observed,
+    by_head,
+    cut,
+    measure_layers,
+    observe,
+    own_rule,
+)
 from attnlab.config import mechanisms_of, model_of
 from attnlab.core import Dims, Keys, Position, Queries, Rule, mechanisms, normalisers
 from attnlab.data.tokenizers import ByteTokenizer
 from attnlab.engines import dense
 from attnlab.main import main
 from attnlab.mechanisms.window import Near
+from attnlab.metrics import read_metrics
 from attnlab.positions.alibi import Alibi
+from attnlab.runs import open_run
 from attnlab.step import init_params
 from attnlab.tasks.text import Evaluated
+from attnlab.train import train
 
 DIMS = Dims(8, 4, 2, 8, 5)
 
@@ -297,6 +310,25 @@ def test_a_run_is_looked_into_by_the_command(tmp_path, capsys):
     for picture in ("layers.png", "heads.png"):
         assert (path / "dilution" / picture).stat().st_size > 5_000
     assert json.loads((path / "config.json").read_text())["attention"]["window"] == 4
+
+
+def test_a_run_that_is_watched_learns_the_same(tmp_path):
+    """Scalars of every layer and head at every rest, over the devices as on one; nothing else."""
+    config, path = tiny("train.dilution_every=6"), tmp_path / "run"
+    assert train(config, path, ["attnlab", "train"]) == 0
+    assert saved_state(path, config) == saved_state(trained(), tiny())
+    rows = [row for row in read_metrics(path / "metrics.jsonl") if any(map(FORM.fullmatch, row))]
+    assert [row["step"] for row in rows] == [6, 12]
+    run = open_run(path)
+    task = run.task()
+    cutting = cut(task.documents("validation"), task.boundary, 32, 8, 8)
+    wanted = by_head(measure_layers(run.model, run.params, cutting), "entropy")
+    found = [rows[-1][KEY.format(name="entropy", layer=0, head=head)] for head in range(2)]
+    np.testing.assert_allclose(found, wanted[0], rtol=1e-4)
+    assert {name: len(history(rows, name)[0][12]) for name in LOGGED} == dict.fromkeys(LOGGED, 2)
+    assert (path / "dilution.png").stat().st_size > 10_000
+    assert "How attention spreads" in (path / "report.html").read_text()
+    assert "How attention spreads" not in (trained() / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnlab.analysis.logged import history
 from attnlab.analysis.observed import by_head, by_layer
 from attnlab.plots import save_figure, style_of
 
@@ -74,6 +75,27 @@ def plot_layers(rows: Table, path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("keys in sight, n")
     figure.legend(frameon=False, loc="outside lower center", ncols=6, fontsize=9)
+    save_figure(figure, path)
+
+
+def plot_spread(metrics: Table, path: Path) -> None:
+    """Evenness, largest weight and weight of the first positions while a run learnt: a line for
+    each layer, the mean of its heads, and their range. Rows of metrics.jsonl; writes a PNG."""
+    figure, (panels,) = _figure(1, 3, 13, 3.8)
+    for axes, (name, title) in zip(panels, STEPS):
+        for layer, steps in history(metrics, name).items():
+            heads = [steps[step] for step in steps]
+            look = _line(layer) | {"label": f"layer {layer}"}
+            axes.plot([*steps], [sum(values) / len(values) for values in heads], **look)
+            low, high = [*map(min, heads)], [*map(max, heads)]
+            axes.fill_between([*steps], low, high, color=look["color"], alpha=0.12, lw=0)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("step")
+        axes.set_title(title, loc="left", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": 8, "fontsize": 9}
+    figure.legend(handles, labels, frameon=False, **place)
     save_figure(figure, path)
 
 

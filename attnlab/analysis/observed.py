@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.analysis.dilution import NAMES, Rows, measure_rows
 from attnlab.core import Mechanism, Rule
@@ -70,23 +71,35 @@ def observe(model: Transformer) -> Transformer:
     return replace(model, mechanisms=tuple(map(Observed, model.mechanisms)))
 
 
-@partial(jax.jit, static_argnums=0)
-def _rows(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> list[Rows]:
+@partial(jax.jit, static_argnums=(0, 3))
+def _rows(
+    model: Transformer,
+    params: Any,
+    batch: dict[str, jax.Array],
+    sharding: NamedSharding | None,
+) -> list[Rows]:
     out: Any = model.apply({"params": params}, batch["tokens"], batch["pos"], batch["seg"])
-    return [aux["rows"] for aux in out[1].aux]
+    rows = [aux["rows"] for aux in out[1].aux]
+    if sharding is None:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def measure_layers(
-    model: Transformer, params: Any, batches: Iterable[dict[str, Any]]
+    model: Transformer,
+    params: Any,
+    batches: Iterable[dict[str, Any]],
+    sharding: NamedSharding | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each layer, head, and number of visible keys in [low, high), doubling: the
     ``queries`` there are, and the mean over them of what `Rows` defines. ``batches`` hold
-    ``tokens``, ``pos`` and ``seg`` [B N]. Cost: a forward pass, with a second look at every logit.
+    ``tokens``, ``pos`` and ``seg`` [B N], whose rows ``sharding`` says are spread over devices.
+    Cost: a forward pass, with a second look at every logit.
     """
     seeing = observe(model)
     sums: list[dict[tuple[int, int], np.ndarray]] = [{} for _ in model.mechanisms]
     for batch in batches:
-        for found, rows in zip(sums, _rows(seeing, params, batch)):
+        for found, rows in zip(sums, _rows(seeing, params, batch, sharding)):
             _collect(found, rows)
     keys = [Observed(mechanism).over for mechanism in model.mechanisms]
     return [

@@ -35,8 +35,8 @@ class Compressive(Mechanism):
         softmax over the own segment s <= j <= i, stopped tokens s − memory <= j < s, and the
         ``compressed`` newest f(group) that lie before s − memory, as tokens at the groups' centres.
     W is trained by the reconstruction of attention alone: with stopped q, k, v and no positions,
-        loss = Σ |A(q; oldest segment of the cache) − A(q; f of its groups)|² / (N H E),
-    a sum over rows, of which nothing reaches q, k and v. A group that is not whole (a document seen
+        loss = Σ |A(q; oldest segment of the cache) − A(q; f of its groups)|² / (tokens H E),
+    of which nothing reaches q, k and v. A group that is not whole (a document seen
     from its middle) is dropped. Shapes: queries [B N H D], keys [B N G D], values [B N G E] ->
     [B N H E]; W [rate G D D] and [rate G E E]. Cost: O(N (segment + memory + compressed) (D + E))
     time, O(N) memory; the state holds memory + segment tokens and compressed + (memory + segment) /
@@ -96,7 +96,7 @@ class Compressive(Mechanism):
         if self.pool == "conv":
             before, behind = self._reconstruction(queries, rule, recent, coarse)
             target, _ = blockwise.attend(*before, tile)
-            aux["loss"] = _loss(target, *blockwise.attend(*behind, tile))
+            aux["loss"] = _loss(queries, target, *blockwise.attend(*behind, tile))
         return Result(out, State(after, groups) if state else (), aux)
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
@@ -111,7 +111,7 @@ class Compressive(Mechanism):
             before, behind = self._reconstruction(queries, rule, recent, coarse)
             target, *_ = segments.attend_densely(before[0], before[2], (before[1], everywhere))
             guess, found, _ = segments.attend_densely(behind[0], behind[2], (behind[1], everywhere))
-            aux["loss"] = _loss(target, guess, found)
+            aux["loss"] = _loss(queries, target, guess, found)
         return Result(out, State(after, groups) if state else (), aux)
 
     def limit(self, length: int):
@@ -190,11 +190,13 @@ class Compressive(Mechanism):
         return jnp.einsum(form, k, params["key"]), jnp.einsum(form, v, params["value"])
 
 
-def _loss(target: Array, guess: Array, found: Array) -> Array:
-    """Squared error a token, over the queries for which there is a group: ``found`` [B H N] lse."""
+def _loss(queries: Queries, target: Array, guess: Array, found: Array) -> Array:
+    """Squared error of the queries for which there is a group (``found`` [B H N], lse), a mean over
+    all tokens."""
     error = guess.astype(jnp.float32) - lax.stop_gradient(target.astype(jnp.float32))
     some = jnp.swapaxes(found, 1, 2)[..., None] > MASK
-    return jnp.sum(jnp.where(some, jnp.square(error), 0)) / error[0].size
+    tokens = jnp.maximum(jnp.sum(queries.seg >= 0), 1)
+    return jnp.sum(jnp.where(some, jnp.square(error), 0)) / (tokens * error[0, 0].size)
 
 
 def _refuse(rule: Rule) -> None:

@@ -11,6 +11,7 @@ from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Resu
 from attnlab.engines import blockwise, dense, segments
 from attnlab.engines.segments import Span
 from attnlab.errors import UserError
+from attnlab.normalisers.top_k import reach
 from attnlab.refusals import refuse_bidirectional
 from attnlab.registry import register
 
@@ -77,12 +78,12 @@ class KnnMemory(Mechanism):
         q, store = _unit(queries.cleared().q), segments.stopped(keys.cleared())
         H, M = q.shape[2], store.pos.shape[1]
         k, v = (jnp.repeat(z.astype(jnp.float32), H // z.shape[2], 2) for z in store[:2])
-        z = jnp.einsum("bnhd,bmhd->bhnm", q, _unit(k)) * params["scale"][:, None, None]
+        z = jnp.einsum("bnhd,bmhd->bhnm", q, _unit(k))
         seen = self._store().allowed(queries, store)[:, None]
-        z = jnp.where(seen, z, MASK)
-        _, best = lax.top_k(z, min(self.neighbours, M))
-        kept = seen & jnp.any(best[..., None] == jnp.arange(M), -2)
-        probs = jnp.where(kept, jax.nn.softmax(jnp.where(kept, z, MASK), -1), 0)
+        score = lax.stop_gradient(jnp.where(seen, z, MASK))
+        kept = seen & reach(score, lax.top_k(score, min(self.neighbours, M))[0][..., -1:])
+        z = jnp.where(kept, z * params["scale"][:, None, None], MASK)
+        probs = jnp.where(kept, jax.nn.softmax(z, -1), 0)
         found = jnp.einsum("bhnm,bmhe->bnhe", probs, v)
         return _gated(params, found, jnp.any(seen, -1), out, rule, state)
 
@@ -138,9 +139,8 @@ class KnnMemory(Mechanism):
         G = store.k.shape[2]
         z = jnp.einsum("bcgrd,bmgd->bgrcm", asking.q.reshape(B, C, G, H // G, D), store.k)
         seen = self._store().allowed(asking, store)[:, None, None]
-        # One rounding of the logits for the search and for the comparison with what it found.
-        score = lax.optimization_barrier(lax.stop_gradient(jnp.where(seen, z, MASK)))
-        kept = seen & (score >= _kth(score, min(self.neighbours, score.shape[-1])))
+        score = lax.stop_gradient(jnp.where(seen, z, MASK))
+        kept = seen & reach(score, _kth(score, min(self.neighbours, score.shape[-1])))
         z = jnp.where(kept, z * params["scale"].reshape(G, -1, 1, 1), MASK)
         top = lax.stop_gradient(jnp.max(z, -1, keepdims=True))
         weight = jnp.where(kept, jnp.exp(z - top), 0)

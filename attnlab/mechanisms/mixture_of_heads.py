@@ -102,7 +102,7 @@ class MixtureOfHeads(Mechanism):
 
     @classmethod
     def examples(cls):
-        return (cls(shared=2, top=1, balance=1e-5),)
+        return (cls(shared=2, top=1),)
 
 
 def measure_balance(p: Array, chosen: Array, full: Array) -> tuple[Array, Array]:

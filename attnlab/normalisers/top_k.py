@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import MASK, Normaliser
+from attnlab.core import MASK, Array, Normaliser
 from attnlab.errors import UserError
 from attnlab.registry import register
 
@@ -38,5 +38,10 @@ class TopK(Normaliser):
     def weights(self, params, z, seen):
         rank = jax.lax.stop_gradient(z)
         least = jax.lax.top_k(rank, min(self.k, z.shape[-1]))[0][..., -1:]
-        kept = seen & (rank >= least - SAME * jnp.maximum(jnp.abs(least), 1.0))
+        kept = seen & reach(rank, least)
         return super().weights(params, jnp.where(kept, z, MASK), kept)
+
+
+def reach(z: Array, least: Array) -> Array:
+    """Which of ``z`` are at least ``least``, or tie with it."""
+    return z >= least - SAME * jnp.maximum(jnp.abs(least), 1.0)

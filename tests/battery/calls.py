@@ -30,16 +30,21 @@ def attend(case: Case, inputs: Inputs, form: str = "fast", taps: tuple = ()) -> 
 
 
 def evaluate(
-    case: Case, inputs: Inputs, cotangent: jax.Array, form: str = "fast", transform=lambda f: f
+    case: Case,
+    inputs: Inputs,
+    cotangent: jax.Array,
+    form: str = "fast",
+    own_loss: bool = True,
+    transform=lambda f: f,
 ):
-    """``out`` and the gradient of <out, cotangent> plus the mechanism's own loss terms, with
-    respect to parameters, q, k, v and x. ``transform`` is applied to the call."""
+    """``out`` and the gradient of <out, cotangent> plus, with ``own_loss``, the mechanism's loss
+    terms, with respect to parameters, q, k, v and x. ``transform`` is applied to the call."""
 
     call = transform(lambda learned: attend(case, Inputs(*learned, *inputs[5:]), form))
 
     def loss(learned):
         result = call(learned)
-        added = (result.aux or {}).get("loss", 0.0)
+        added = (result.aux or {}).get("loss", 0.0) if own_loss else 0.0
         return jnp.sum(result.out.astype(jnp.float32) * cotangent) + added, result.out
 
     gradient, out = jax.grad(loss, has_aux=True)(tuple(inputs[:5]))
@@ -58,14 +63,19 @@ def quick_outputs(case: Case, inputs: Inputs, form: str = "fast") -> jax.Array:
     return attend(case, inputs, form).out
 
 
-_evaluate = jax.jit(evaluate, static_argnums=(0, 3), compiler_options=QUICK)
+_evaluate = jax.jit(evaluate, static_argnums=(0, 3, 4), compiler_options=QUICK)
 
 
 def outputs_and_gradients(
-    case: Case, inputs: Inputs, form: str = "fast", cotangent: jax.Array | None = None
+    case: Case,
+    inputs: Inputs,
+    form: str = "fast",
+    cotangent: jax.Array | None = None,
+    own_loss: bool = True,
 ):
     """`evaluate`, for a fixed random cotangent unless one is given."""
-    return _evaluate(case, inputs, cotangent_of(inputs) if cotangent is None else cotangent, form)
+    cotangent = cotangent_of(inputs) if cotangent is None else cotangent
+    return _evaluate(case, inputs, cotangent, form, own_loss)
 
 
 def cotangent_of(inputs: Inputs) -> np.ndarray:

@@ -44,7 +44,8 @@ def check_transforms(case: Case) -> None:
     cotangent = cotangent_of(inputs)
 
     def single(row, c):
-        return evaluate(case, _batch(inputs, row), c[None], transform=jax.checkpoint)
+        row = _batch(inputs, row)
+        return evaluate(case, row, c[None], own_loss=False, transform=jax.checkpoint)
 
     def composed(tokens, cotangent):
         pairs = jax.tree.map(lambda z: z.reshape(-1, 2, *z.shape[1:]), (tokens, cotangent))
@@ -53,19 +54,20 @@ def check_transforms(case: Case) -> None:
     compiled = jax.jit(composed, compiler_options=QUICK)
     got = compiled(tuple(inputs[1:]), cotangent)
     rows = jax.tree.map(lambda z: z.reshape(ROWS, *z.shape[2:]), got)
-    _assert_rows_agree(rows, outputs_and_gradients(case, inputs))
+    _assert_rows_agree(rows, outputs_and_gradients(case, inputs, own_loss=False))
 
 
 def check_pmap(case: Case) -> None:
     """One row of the batch on each device == the whole batch on one."""
     inputs = draw(case, batch=ROWS)
-    mapped = jax.pmap(lambda row, c: evaluate(case, _batch(inputs, row), c[None]))
+    mapped = jax.pmap(lambda row, c: evaluate(case, _batch(inputs, row), c[None], own_loss=False))
     rows = mapped(tuple(inputs[1:]), cotangent_of(inputs))
-    _assert_rows_agree(rows, outputs_and_gradients(case, inputs))
+    _assert_rows_agree(rows, outputs_and_gradients(case, inputs, own_loss=False))
 
 
 def _assert_rows_agree(rows, wanted) -> None:
-    """Batches of one, stacked: tokens are those of the batch, parameters' gradients add up."""
+    """Batches of one, stacked: tokens are those of the batch, parameters' gradients add up.
+    Loss terms do not: they are means over the batch."""
     out, (d_params, *d_tokens) = jax.tree.map(np.asarray, rows)
     wanted_out, (wanted_params, *wanted_tokens) = wanted
     assert_close([z[:, 0] for z in (out, *d_tokens)], [wanted_out, *wanted_tokens])
