@@ -4,8 +4,8 @@ nothing trained: results.json.
 python experiments/planted/measure.py
 
 Keys are random directions; the query, the last token, has cosine 0.9 to one key of the first half,
-and logits are 9 times the cosine. The values are an indicator of that key, so that the output is its
-weight. The weight of the query's own key, which some mechanisms always see and others never, is
+and logits are 9 times the cosine. The values are an indicator of that key, so that the output is
+its weight. The weight of the query's own key, which some mechanisms always see and others never, is
 left out of all of them: w / (1 − own).
 """
 
