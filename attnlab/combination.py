@@ -40,6 +40,10 @@ def any_carries(parts: tuple[Mechanism, ...]) -> bool:
     return any(part.carries for part in parts)
 
 
+def any_marked(parts: tuple[Mechanism, ...]) -> bool:
+    return any(part.marked for part in parts)
+
+
 def all_isotropic(parts: tuple[Mechanism, ...]) -> bool:
     return all(part.isotropic for part in parts)
 
@@ -60,6 +64,7 @@ class Combination(Mechanism):
     cost = OfParts(greatest)  # pyright: ignore[reportAssignmentType]
     carries = OfParts(any_carries)  # pyright: ignore[reportAssignmentType]
     isotropic = OfParts(all_isotropic)  # pyright: ignore[reportAssignmentType]
+    marked = OfParts(any_marked)  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):
         if not self.parts:
@@ -131,6 +136,8 @@ class Combination(Mechanism):
             name, past = f"part_{i}", (state or {}).get(f"part_{i}", ())
             if used is not None and not needs_all_keys(part):
                 keys = _since(keys, used, queries.q.shape[1])
+            if not part.marked:
+                keys = keys._replace(unit=None)
             own = params[name]
             own = {**own, STATISTICS: measured[name]} if name in measured else own
             draw = None if key is None else jax.random.fold_in(key, i)

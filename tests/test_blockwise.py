@@ -63,6 +63,13 @@ def test_any_tile_size_gives_out_lse_and_their_gradients(tile, causal):
     assert_same(run(queries, keys, rule, tile), oracle(queries, keys, rule))
 
 
+@pytest.mark.slow
+def test_tiles_of_the_usual_size_give_the_same_gradients():
+    queries, keys = tokens(N=4096, M=4096, B=1, H=1, G=1)
+    assert blockwise.tile_size(4096, 1) < 1024
+    assert_same(run(queries, keys, Rule(), None), oracle(queries, keys, Rule()), 1e-4)
+
+
 def test_scale_and_soft_cap_reach_the_gradients():
     queries, keys = tokens()
     rule = Rule(scale=1.5, soft_cap=2.0)
@@ -201,8 +208,10 @@ def test_reach_never_misses_a_visible_pair(seed, causal, window):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 512, 513, 1000, 4096, 100_003])
 @pytest.mark.parametrize("rows", [1, 8, 512])
-def test_tiles_are_bounded_and_waste_little(length, rows):
-    tile = blockwise.tile_size(length, rows)
+@pytest.mark.parametrize("limit", [None, 2**20])
+def test_tiles_are_bounded_and_waste_little(length, rows, limit):
+    tile = blockwise.tile_size(length, rows, limit)
     assert 1 <= tile <= 512
+    assert rows * tile**2 <= blockwise.LOGITS_IN_FLIGHT or tile <= 64
     padded = -(-length // tile) * tile
     assert padded - length < max(8 * (padded // tile), 1)

@@ -18,6 +18,7 @@ from attnlab.data.tokenizers import ByteTokenizer
 from attnlab.decode import draw, endless, extend, generate, sample_text, stream_tokens
 from attnlab.errors import UserError
 from attnlab.main import main
+from attnlab.model import initial_memory
 from attnlab.step import init_params
 
 CONTEXT = 12
@@ -26,8 +27,8 @@ PROMPT = np.array([256, 104, 105])
 
 
 @cache
-def network(attention="softmax", *changes):
-    model = model_of(tiny(*changes, attention=attention), 257)
+def network(attention="softmax", *changes, position="rope"):
+    model = model_of(tiny(*changes, attention=attention, position=position), 257)
     return model, jax.tree.map(lambda p: 3 * p, init_params(model, 0))
 
 
@@ -64,6 +65,20 @@ def test_greedy_is_the_argmax_of_a_full_pass_also_past_the_context(attention, ch
         # When the context is full, its newest half is read again as a new text.
         seen = [*(seen[-(CONTEXT // 2) :] if len(seen) == CONTEXT else seen), token]
     assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize("position", ["absolute", "rope", "t5"])
+def test_a_token_is_where_the_tokens_before_it_say(position):
+    """Logits of a prompt and of tokens one by one are those of the whole, not only their argmax."""
+    model, params = network(position=position)
+    tokens = np.random.default_rng(0).integers(256, size=(1, 9)).astype(np.int32)
+    wanted = full_pass(model, params, tokens, np.ones_like(tokens))
+    memory = initial_memory(model.architecture, model.mechanisms, 1, 9)
+    logits, memory = extend(model, params, tokens[:, :5], memory)
+    np.testing.assert_allclose(logits[0], wanted[4], atol=1e-4)
+    for i in range(5, 9):
+        logits, memory = extend(model, params, tokens[:, i : i + 1], memory)
+        np.testing.assert_allclose(logits[0], wanted[i], atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["window", TAIL])

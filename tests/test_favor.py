@@ -42,6 +42,27 @@ def test_the_error_falls_with_the_number_of_features(position):
     assert errors[2] < 0.05
 
 
+@pytest.mark.slow
+def test_more_features_help_little_where_norms_are_large():
+    """The variance grows as e^(|q + k|²): with vectors eight times as long, sixteen times the
+    features still leave more than half of the error."""
+    errors, plain = [], Case(Softmax(), NoPosition())
+    for features in (64, 1024):
+        case = Case(Favor(features=features, chunk=32), NoPosition())
+        inputs = draw(case)._replace(params=initial(case))
+        inputs = inputs._replace(q=inputs.q * 4, k=inputs.k * 4)
+        wanted = quick_outputs(plain, inputs._replace(params=({}, inputs.params[1])), "reference")
+        errors.append(np.linalg.norm(np.asarray(quick_outputs(case, inputs) - wanted)))
+    assert errors[1] > errors[0] / 2
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_any_chunk_gives_the_literal_form(chunk):
+    case = Case(Favor(features=12, chunk=chunk), NoPosition())
+    inputs = draw(case)
+    assert_close(quick_outputs(case, inputs), quick_outputs(case, inputs, "reference"))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_norm_overflows_and_no_row_is_lost(causal):
     """Feature exponents of hundreds: still the weighted mean that the dense form computes."""

@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from battery.calls import DRAWING, QUICK, assert_close
+from battery.calls import DRAWING, QUICK, assert_close, quick_outputs
 from battery.cases import DIMS, Case, draw
 
 from attnlab.combination import greatest
 from attnlab.core import positions
 from attnlab.engines.head_groups import cut
 from attnlab.errors import UserError
+from attnlab.mechanisms.han import Han
 from attnlab.mechanisms.heads import Heads
 from attnlab.mechanisms.infini import Infini
 from attnlab.mechanisms.routing import Routing
@@ -45,6 +46,16 @@ def test_a_part_sees_the_slopes_and_parameters_of_its_own_heads(place):
     whole = Case(Softmax(), position)
     same = inputs._replace(params=({}, inputs.params[1]))
     assert_close(call(split, inputs).out, call(whole, same).out)
+
+
+def test_a_part_that_reads_units_is_told_them_and_no_other():
+    case = Case(Heads((Han(), Window(window=5))), positions.get("none")())
+    assert case.mechanism.marked
+    assert not Case(Heads((Window(), Softmax())), case.position).mechanism.marked
+    inputs = draw(case)
+    apart = quick_outputs(case, inputs._replace(unit=np.zeros_like(inputs.unit)))
+    moved = np.abs(quick_outputs(case, inputs) - apart).max((0, 1, 3)) > 1e-3
+    assert moved.tolist() == [True, True, False, False]
 
 
 def test_the_state_is_compact_where_all_parts_are():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from battery.calls import assert_close, quick_outputs
-from battery.cases import Case, draw
+from battery.cases import Case, documents, draw
 from battery.covering import check_covered
 
 from attnlab.errors import UserError
@@ -17,8 +17,19 @@ CASE = Case(Hierarchical(4), NoPosition())
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_uniform_query_sees_every_token_once(causal):
-    check_covered(replace(CASE, mechanism=Hierarchical(2), causal=causal))
+@pytest.mark.parametrize("block", [2, 4, 6, 12, 32])
+def test_a_uniform_query_sees_every_token_once(block, causal):
+    check_covered(replace(CASE, mechanism=Hierarchical(block), causal=causal))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_values_of_1_give_1_whatever_is_asked(causal):
+    """In packed documents of odd lengths, and 0 in empty slots."""
+    case = replace(CASE, causal=causal)
+    inputs = documents(draw(case), (13, 14), (20,))
+    ones = inputs._replace(v=np.ones_like(inputs.v))
+    full = np.broadcast_to(inputs.seg[..., None, None] >= 0, inputs.q.shape)
+    assert_close(quick_outputs(case, ones), full)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -10,6 +10,7 @@ from battery.cases import Case, draw, initial
 from attnlab.errors import UserError
 from attnlab.mechanisms.long_short import LongShort
 from attnlab.mechanisms.softmax import Softmax
+from attnlab.mechanisms.window import Window
 from attnlab.positions.none import NoPosition
 
 CASE = Case(LongShort(segment=64, rank=2, window=32), NoPosition())
@@ -21,13 +22,20 @@ def normed(z):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_one_segment_and_a_wide_window_are_softmax_over_normed_tokens(causal):
-    case = replace(CASE, causal=causal)
+@pytest.mark.parametrize(
+    ("sizes", "limit"),
+    [
+        ({"segment": 64, "rank": 2, "window": 32}, Softmax()),  # no summary: all in the window
+        ({"segment": 1, "rank": 1, "window": 1}, Softmax()),  # a summary is a token
+        ({"segment": 64, "rank": 2, "window": 5}, Window(5)),  # the only segment is one's own
+    ],
+)
+def test_its_limits_are_exact_attention_over_normed_tokens(sizes, limit, causal):
+    case = replace(CASE, mechanism=LongShort(**sizes), causal=causal)
     inputs = draw(case)._replace(params=initial(case))
-    plain = inputs._replace(params=({}, {}), k=normed(inputs.k), v=normed(inputs.v))
-    everything = replace(case, mechanism=Softmax())
-    plain = plain._replace(params=initial(everything))
-    assert_close(quick_outputs(case, inputs), quick_outputs(everything, plain, "reference"))
+    plain = inputs._replace(params=({}, inputs.params[1]), k=normed(inputs.k), v=normed(inputs.v))
+    wanted = quick_outputs(replace(case, mechanism=limit), plain, "reference")
+    assert_close(quick_outputs(case, inputs), wanted)
 
 
 def test_a_token_outside_the_window_is_seen_through_its_segment_only():

@@ -42,7 +42,7 @@ def ours(q, k, v, kernel, steps):
     pos = jnp.broadcast_to(jnp.arange(N), q.shape[:2])
     tokens = Queries(q, pos, pos * 0), Keys(k, v, pos, pos * 0)
     mechanism = Nystrom(LANDMARKS, steps, KERNEL)
-    return mechanism({"kernel": kernel}, *tokens, Rule(causal=False)).out
+    return mechanism({"convolution": kernel}, *tokens, Rule(causal=False)).out
 
 
 @pytest.mark.parametrize("steps", [1, 6])

@@ -114,6 +114,22 @@ def test_cope_gradient_reaches_the_gates_until_the_count_is_full():
     assert not np.any(np.asarray(jax.grad(last)(full)))
 
 
+@pytest.mark.parametrize("position", [Shaw(reach=3), Cope(positions=4)])
+def test_a_shift_of_all_positions_changes_nothing(position):
+    queries, keys = tokens()
+    params = position.init(jax.random.key(0), DIMS)
+    params = jax.tree.map(lambda z: jax.random.normal(jax.random.key(1), z.shape), params)
+
+    @jax.jit
+    def call(far):
+        moved = queries._replace(pos=queries.pos + far), keys._replace(pos=keys.pos + far)
+        return Softmax()({}, *moved, Rule(params, position, True)).out
+
+    np.testing.assert_array_equal(call(1000), call(0))
+    plain = Softmax()({}, queries, keys, Rule()).out
+    assert np.any(np.abs(call(0) - plain) > 0.01), "the position module takes part"
+
+
 @pytest.mark.parametrize("position", [Shaw(), Cope()])
 def test_mechanisms_without_logits_refuse_it(position):
     with pytest.raises(UserError, match="attention linear forms no logits, so position"):

@@ -133,6 +133,15 @@ def test_the_published_selection_leaks_through_no_gradient():
     assert not np.any(gradient[:, t:])
 
 
+def test_a_decay_of_1_keeps_every_centroid():
+    draw = np.random.default_rng(0)
+    before = {"centroids": draw.standard_normal((2, 4, 8)), "mass": np.zeros((2, 4))}
+    members = jax.nn.one_hot(draw.integers(4, size=(1, 2, 16)), 4)
+    after = average(before, jnp.asarray(draw.standard_normal((1, 16, 2, 8))), members, 1.0)
+    for name, z in before.items():
+        np.testing.assert_array_equal(after[name], np.asarray(z, np.float32))
+
+
 @pytest.mark.parametrize(
     "fields", [{"clusters": 0}, {"length": 0}, {"decay": 1.5}, {"commitment": -1.0}]
 )

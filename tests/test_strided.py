@@ -47,6 +47,14 @@ def test_columns_are_those_of_each_document_wherever_it_begins():
     assert_close(outputs(case, inputs), outputs(case, inputs, "reference"))
 
 
+def test_documents_of_a_long_stream_have_large_numbers():
+    """Millions of documents on, a column is still a column."""
+    case = Case(Strided(16), NoPosition())
+    inputs = documents(draw(case), (13, 14), (20,))
+    later = np.where(inputs.seg >= 0, inputs.seg + 2**27 + 5, -1).astype(np.int32)
+    assert_close(outputs(case, inputs._replace(seg=later)), outputs(case, inputs))
+
+
 def test_two_layers_reach_every_earlier_token():
     seen = mask(6, 36)
     np.testing.assert_array_equal(seen @ seen, np.tri(36, dtype=bool))

@@ -32,7 +32,7 @@ def attend(
 ) -> tuple[Array, Array]:
     """softmax(logits) v for any lengths N, M and any `Rule`; a row with no visible key gives 0.
 
-    ``tile`` bounds the tokens per tile (chosen by shape when None). Returns ``out`` [B N H E] in
+    ``tile`` bounds the tokens per tile, which is chosen by shape. Returns ``out`` [B N H E] in
     the dtype of the queries and ``lse`` [B H N] f32 (`MASK` for an empty row), so that parts over
     different keys can be merged. Cost: O(visited pairs) time, O(N + M) memory. A rule whose taps
     want whole logits or probabilities is served by `dense`, one in which a query must meet all its
@@ -69,9 +69,10 @@ def attend(
 
 def tile_size(length: int, rows: int, limit: int | None = None) -> int:
     """Tokens per tile for ``rows`` = B H simultaneous heads: large enough to keep the cores busy,
-    small enough to stay in cache, and dividing ``length`` with little padding."""
-    if limit is None:
-        limit = max(64, min(512, 1 << (int((LOGITS_IN_FLIGHT / rows) ** 0.5).bit_length() - 1)))
+    small enough to stay in cache, never more than ``limit``, and dividing ``length`` with little
+    padding."""
+    fitting = max(64, min(512, 1 << (int((LOGITS_IN_FLIGHT / rows) ** 0.5).bit_length() - 1)))
+    limit = min(limit or fitting, fitting)
     tile = -(-length // -(-length // limit))
     return tile if tile <= 8 or tile == length else min(limit, -(-tile // 8) * 8)
 

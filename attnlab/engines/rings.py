@@ -40,8 +40,8 @@ def attend(
     rings: Rings, queries: Queries, keys: Keys, rule: Rule, buckets: Array
 ) -> tuple[Array, Rings]:
     """One token after the other: what `bucketed.attend` gives them by a plan of `sorting`, and
-    the rings with them in it. ``buckets`` [R B H N]; other shapes as there. Cost: O(R C (D + E))
-    a token."""
+    the rings with them in it. ``buckets`` [R B H N]; other shapes as there. Cost of a token:
+    O(R C (R C + D + E)), as what several rounds found shows by comparing all with all."""
     queries, keys = queries.cleared(), keys.cleared()
     H = queries.q.shape[2]
     q = rule.rotate(queries.q, queries.pos, "query")

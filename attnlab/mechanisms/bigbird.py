@@ -11,9 +11,8 @@ from attnlab.engines import blockwise, dense
 from attnlab.errors import UserError
 from attnlab.registry import register
 
-EXAMINED = 3
-"""Blocks of queries in a tile for which random blocks are looked up one by one; aligned tiles have
-one, tiles across the start of a document more, and those visit every tile."""
+TILE = 16
+"""Fewest tokens of a tile."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,12 @@ class Scattered(Pattern):
         return seen | self._joined(I, I_high, J, J_high) | self._joined(J, J_high, I, I_high)
 
     def _joined(self, low, high, other_low, other_high):
-        """Whether a block in [low, high] draws one in [other_low, other_high]."""
-        seen = high - low >= EXAMINED
-        for step in range(EXAMINED):
+        """Whether a block in [low, high] draws one in [other_low, other_high], looked up one by one
+        for as many blocks as an aligned tile has, and a few more."""
+        # Tiles across the start of a document may have more, and then visit every tile.
+        examined = max(3, TILE // self.block + 2)
+        seen = high - low >= examined
+        for step in range(examined):
             for part in range(self.random):
                 to = self.drawn(low + step, part, jnp)
                 seen |= (low + step <= high) & (other_low <= to) & (to <= other_high)
@@ -114,7 +116,7 @@ class BigBird(Mechanism):
         return Scattered(self.block, self.window, self.first, self.random, self.seed)
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        tile = min(512, max(16, self.block))
+        tile = min(512, max(TILE, self.block))
         out, lse = blockwise.attend(queries, keys, rule.restrict(self.pattern), tile)
         return Result(out, state, {"lse": lse})
 

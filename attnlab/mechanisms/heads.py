@@ -72,10 +72,10 @@ class Heads(Combination):
 
     @classmethod
     def examples(cls):
-        window, softmax, infini, routing = map(
-            mechanisms.get, ("window", "softmax", "infini", "routing")
-        )
+        names = "window", "softmax", "infini", "routing", "han"
+        window, softmax, infini, routing, han = map(mechanisms.get, names)
         return (
             cls((window(window=5), softmax())),
             cls((routing(clusters=4, length=5, decay=0.9), infini(segment=8)), sizes=(1, 3)),
+            cls((han(), window(window=5))),
         )

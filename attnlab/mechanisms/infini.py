@@ -29,9 +29,10 @@ class Infini(Mechanism):
     rotations and biases. The published delta rule divides by a normaliser that grows with every
     write, so that a key written twice is not overwritten; `infini_delta` overwrites it. Gradients
     flow through the memory. Shapes: queries [B N H D], keys [B N G D], values [B N G E] ->
-    [B N H E]; the memory [B G D E+1] is f32. Cost: O(N (segment (D + E) + D E)) time, O(N) memory;
-    the state does not grow. Raises `UserError` for a segment < 1, an unknown update, a
-    bidirectional rule. Source: Munkhdalai et al., arXiv 2404.07143.
+    [B N H E]; the memory [B G D E+1] is f32. Cost: O(N (segment (D + E) + D E)) time,
+    O(N (1 + D E / C)) memory with C = min(segment, 64); the state does not grow. Raises `UserError`
+    for a segment < 1, an unknown update, a bidirectional rule.
+    Source: Munkhdalai et al., arXiv 2404.07143.
     """
 
     segment: int = 256

@@ -47,7 +47,7 @@ class Nystrom(Mechanism):
     def init(self, key: Array, dims: Dims):
         if not self.kernel:
             return {}
-        return {"kernel": 0.02 * jax.random.normal(key, (dims.heads, self.kernel))}
+        return {"convolution": 0.02 * jax.random.normal(key, (dims.heads, self.kernel))}
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         q, k, v = _prepare(queries, keys, rule)
@@ -70,7 +70,9 @@ class Nystrom(Mechanism):
         mixed = jnp.einsum("bhmn,bnhe->bhme", back, v)
         out = jnp.einsum("bhnm,bhmk,bhke->bnhe", front, inverse, mixed)
         if self.kernel:
-            out += convolve(jnp.where(own_k[..., None, None], v, 0), params["kernel"], q.shape[1])
+            out += convolve(
+                jnp.where(own_k[..., None, None], v, 0), params["convolution"], q.shape[1]
+            )
         return jnp.where(own_q[..., None, None], out, 0)
 
     def _stretches(self, own: Array) -> Array:

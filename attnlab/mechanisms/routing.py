@@ -30,16 +30,16 @@ def average(statistics: dict[str, Array], u: Array, members: Array, decay: float
         n ← λ n + (1 − λ) Σ 1,   μ ← (λ n μ + (1 − λ) Σ u) / n
 
     so that μ is the mean of its members with weights λ^age. A cluster without a member keeps its
-    centroid while its mass decays, and then starts afresh where tokens find it again; no division
-    by 0 is left for a smoothing constant to prevent.
+    centroid while its mass decays, and then starts afresh where tokens find it again; with a decay
+    of 1 none moves. No division by 0 is left for a smoothing constant to prevent.
     """
     mean, mass = statistics["centroids"], jnp.maximum(statistics["mass"], 0.0)
     hits, total = jnp.sum(members, (0, 2)), jnp.einsum("bhnk,bnhd->hkd", members, u)
     new = decay * mass + (1 - decay) * hits
-    moved = (decay * mass[..., None] * mean + (1 - decay) * total) / jnp.where(hits > 0, new, 1.0)[
-        ..., None
-    ]
-    return {"centroids": jnp.where(hits[..., None] > 0, moved, mean), "mass": new}
+    found = ((hits > 0) & (new > 0))[..., None]
+    moved = decay * mass[..., None] * mean + (1 - decay) * total
+    moved /= jnp.where(found, new[..., None], 1.0)
+    return {"centroids": jnp.where(found, moved, mean), "mass": new}
 
 
 def select_members(affinity: Array, width: int) -> Array:
@@ -68,8 +68,8 @@ class Routing(Mechanism):
     ``aux["statistics"]``; the first step puts them at the means of the first batch. û is held to
     its centroid by ``aux["loss"]`` = ``commitment`` · mean (û − μ)².
     Shapes: queries [B N H D], keys [B N G D], values [B N G E] -> [B N H E].
-    Cost: O(N (K D + log N + length (D + E))) time, O(N K) memory; decoding keeps K rings of
-    ``length`` tokens per head. ``length`` >= 2 N / K leaves room for uneven clusters; with
+    Cost: O(N (K D + log N + length (D + E))) time, O(N (K + length)) memory; decoding keeps K rings
+    of ``length`` tokens per head. ``length`` >= 2 N / K leaves room for uneven clusters; with
     K ≈ √N the whole is O(N^1.5). Raises `UserError` for sizes out of range, `ValueError` for keys
     that are not the queries' tokens.
     Source: Roy et al., arXiv 2003.05997, with a visible set that does not depend on later tokens

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from attnlab.core import Cost, Dims, Mechanism, Result, count_pairs
 from attnlab.engines import blockwise, dense
+from attnlab.errors import UserError
 from attnlab.registry import register
 
 
@@ -14,12 +15,17 @@ class Softmax(Mechanism):
 
     Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
     Cost: O(N M (D + E)) time, O(N + M) memory (tiles are recomputed in the backward pass); decoding
-    keeps all keys and values. Source: Vaswani et al., arXiv 1706.03762.
+    keeps all keys and values. Raises `UserError` for a tile < 1.
+    Source: Vaswani et al., arXiv 1706.03762.
     """
 
-    tile: int | None = None  # tokens per tile at most; None chooses by shape
+    tile: int | None = None  # tokens per tile, where fewer are wanted than fit into the cache
 
     cost = Cost(time=2, memory=1, state=1)
+
+    def __post_init__(self):
+        if self.tile is not None and self.tile < 1:
+            raise UserError(f"softmax: tile={self.tile}; use at least 1, or none")
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         out, lse = blockwise.attend(queries, keys, rule, self.tile)

@@ -89,7 +89,8 @@ class Strided(Mechanism):
 
     def _columns(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
         """Full attention inside every column of every document: a column is a segment."""
-        queries, keys = self._relabelled(queries), self._relabelled(keys)
+        first = jnp.minimum(*(_first_document(tokens) for tokens in (queries, keys)))
+        queries, keys = (self._relabelled(tokens, first) for tokens in (queries, keys))
         order, back = _order(queries)
         queries = permuted(queries, order)
         keys = permuted(keys, _order(keys)[0])
@@ -97,8 +98,9 @@ class Strided(Mechanism):
         out, lse = blockwise.attend(queries, keys, rule, per_column)
         return permuted(out, back), permuted(lse.swapaxes(1, 2), back).swapaxes(1, 2)
 
-    def _relabelled(self, tokens):
-        column = tokens.seg * self.stride + tokens.pos % self.stride
+    def _relabelled(self, tokens, first):
+        # Counted from the first of the row: documents of a long stream have large numbers.
+        column = (tokens.seg - first) * self.stride + tokens.pos % self.stride
         return tokens._replace(seg=jnp.where(tokens.seg >= 0, column, -1))
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
@@ -118,6 +120,12 @@ class Strided(Mechanism):
     @classmethod
     def examples(cls):
         return (cls(stride=3), cls(stride=7))
+
+
+def _first_document(tokens: Queries | Keys) -> Array:
+    """The lowest segment of full slots, [B 1]."""
+    far = jnp.iinfo(jnp.int32).max
+    return jnp.min(jnp.where(tokens.seg >= 0, tokens.seg, far), 1, keepdims=True)
 
 
 def _order(tokens: Queries | Keys) -> tuple[Array, Array]:

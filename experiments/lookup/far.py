@@ -5,7 +5,7 @@ of 32 reaches a fact from a question; 64 are questions, each with one of the key
 layer of attention, then the value: 16 of them, so that guessing is right in 6.3 %.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,12 +30,14 @@ MECHANISMS: dict[str, tuple[str, dict[str, int]]] = {
     "strided, 16": ("strided", {"stride": 16}),
     "lsh, 1 round": ("lsh", {"rounds": 1, "buckets": 16, "length": 32}),
     "lsh, 4 rounds": ("lsh", {"rounds": 4, "buckets": 16, "length": 32}),
-    "routing": ("routing", {"clusters": 8, "length": 64}),
+    "routing, 8 of 32": ("routing", {"clusters": 8, "length": 32}),
+    "routing, 8 of 64": ("routing", {"clusters": 8, "length": 64}),
     "block_topk": ("block_topk", {"block": 16, "chosen": 4}),
     "knn_memory": ("knn_memory", {"segment": 32, "memory": 256, "neighbours": 8}),
     "favor": ("favor", {"features": 64}),
     "linear": ("linear", {}),
     "long_short": ("long_short", {"segment": 16, "rank": 1, "window": 32}),
+    "segment": ("segment", {"segment": 16}),
     "hierarchical": ("hierarchical", {"block": 16}),
     "infini": ("infini", {"segment": 32}),
 }
@@ -82,9 +84,12 @@ class Recall(nn.Module):
         return nn.Dense(VALUES)(nn.RMSNorm()(out[:, -QUESTIONS:])), aux or {}
 
 
-@partial(jax.jit, static_argnums=0)
-def measure(model: Recall, key: jax.Array) -> jax.Array:
-    """The share of answers that are right after `STEPS` steps of Adam."""
+Draw = Callable[[jax.Array, int], Batch]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def measure(model: Recall, draw: Draw, key: jax.Array) -> jax.Array:
+    """The share of answers that are right after `STEPS` steps of Adam on what ``draw`` asks."""
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS, 0.1))
     start, batches, tested = jax.random.split(key, 3)
     params = model.init(start, draw(start, BATCH))["params"]
@@ -116,8 +121,11 @@ def measured(params: Any, statistics: Any) -> Any:
     return {**params, "attention": {**params["attention"], "mechanism": inner}}
 
 
-def measure_all(seed: int = 0) -> Iterator[tuple[str, float]]:
+def measure_all(
+    labels: Sequence[str] = tuple(MECHANISMS), draw: Draw = draw, seed: int = 0
+) -> Iterator[tuple[str, float]]:
     """The share of answers that are right, mechanism by mechanism."""
-    for label, (name, options) in MECHANISMS.items():
+    for label in labels:
+        name, options = MECHANISMS[label]
         model = Recall(mechanisms.get(name)(**options))
-        yield label, round(float(np.asarray(measure(model, jax.random.key(seed)))), 4)
+        yield label, round(float(np.asarray(measure(model, draw, jax.random.key(seed)))), 4)

@@ -1,6 +1,6 @@
 """What can be looked up, by normaliser and by mechanism: results.json.
 
-python experiments/lookup/measure.py [needle|far]
+python experiments/lookup/measure.py [needle] [far] [majority]
 
 Writes down each number as it comes; prints what lies outside the bands of expected.json.
 """
@@ -14,20 +14,26 @@ from typing import Any
 
 import far
 import jax
+import majority
 import needle
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-MEASURES = {"needle": needle.measure, "far": far.measure_all}
+MEASURES = {"needle": needle.measure, "far": far.measure_all, "majority": majority.measure}
 
 
 def outside(results: dict, expected: dict) -> list[str]:
     """What is not in its band."""
     said = []
-    for label, (low, high) in expected["far"].items():
-        found = results["far"].get(label)
-        if found is None or not low <= found <= high:
-            said.append(f"far: {label} {found} not in {low}..{high}")
+    for part in ("far", "majority"):
+        for label, (low, high) in expected[part].items():
+            found = results[part].get(label)
+            if found is None or not low <= found <= high:
+                said.append(f"{part}: {label} {found} not in {low}..{high}")
+    for part, lesser, greater in expected["order"]:
+        found = [_value(results[part][label]) for label in (lesser, greater)]
+        if found[0] > found[1]:
+            said.append(f"{part}: {lesser} {found[0]} above {greater} {found[1]}")
     for label, bands in expected["needle"].items():
         for length, (low, high) in bands.items():
             rows = results["needle"].get(label, ())
@@ -37,8 +43,13 @@ def outside(results: dict, expected: dict) -> list[str]:
     return said
 
 
+def _value(found: Any) -> float:
+    """The share recalled, or the weight of the needle among the most keys."""
+    return found[-1]["weight"] if isinstance(found, list) else found
+
+
 def main(parts: Sequence[str]) -> None:
-    results: dict[str, Any] = {"needle": {}, "far": {}}
+    results: dict[str, Any] = {part: {} for part in MEASURES}
     if RESULTS.exists():
         results |= json.loads(RESULTS.read_text(encoding="utf-8"))
     results["command"] = "python experiments/lookup/measure.py"

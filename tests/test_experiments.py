@@ -1,0 +1,63 @@
+"""What is recorded in experiments/ is what its expected.json asks for."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+
+
+def read(name: str, file: str) -> dict:
+    return json.loads((FOLDER / name / file).read_text(encoding="utf-8"))
+
+
+def load(name: str, file: str, monkeypatch):
+    """A script of an experiment, as a module; scripts beside it can be imported."""
+    monkeypatch.syspath_prepend(str(FOLDER / name))
+    spec = importlib.util.spec_from_file_location(f"{name}_{Path(file).stem}", FOLDER / name / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["lookup", "planted"])
+def test_measured_numbers_lie_in_their_bands(name, monkeypatch):
+    module = load(name, "measure.py", monkeypatch)
+    assert module.outside(read(name, "results.json"), read(name, "expected.json")) == []
+
+
+def test_dilution_lies_in_its_bands(monkeypatch):
+    module = load("dilution", "measure.py", monkeypatch)
+    rows, bands = read("dilution", "results.json")["rows"], read("dilution", "expected.json")
+    assert module.outside(rows, bands["bands"]) == []
+
+
+@pytest.mark.parametrize("name", ["extrapolation", "context"])
+def test_claims_hold(name, monkeypatch):
+    module = load(name, "measure.py", monkeypatch)
+    results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
+    found = results.get("models") or results["bits_per_byte"]
+    for claim in claims:
+        assert module.held(claim, found), claim
+
+
+def test_compared_runs_lie_in_their_bands(monkeypatch):
+    module = load("article_comparison", "record.py", monkeypatch)
+    recorded = {k: v for k, v in read("article_comparison", "results.json").items() if v}
+    assert recorded
+    for name, result in recorded.items():
+        assert module.outside(result, read("article_comparison", "expected.json")[name]) == []
+
+
+def test_every_folder_says_what_it_holds():
+    folders = sorted(each.name for each in FOLDER.iterdir() if (each / "README.md").is_file())
+    index = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for name in folders:
+        assert f"[{name}]({name}/README.md)" in index
+        assert (FOLDER / name / "results.json").is_file()
