@@ -83,6 +83,7 @@ def initial_memory(
         keys = Keys.empty(dims, batch, length, dtype) if whole else None
         if keys is not None and mechanism.marked:
             keys = keys._replace(unit=jnp.zeros_like(keys.pos))
+        state = jax.tree.map(jnp.copy, state)  # one array twice could not be donated
         memories.append(Memory(keys, jnp.zeros((), jnp.int32), state))
     return tuple(memories)
 

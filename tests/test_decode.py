@@ -13,7 +13,7 @@ from tiny import tiny, trained
 
 from attnlab import decode
 from attnlab.config import model_of
-from attnlab.core import MASK
+from attnlab.core import MASK, mechanisms
 from attnlab.data.tokenizers import ByteTokenizer
 from attnlab.decode import draw, endless, extend, generate, sample_text, stream_tokens
 from attnlab.errors import UserError
@@ -79,6 +79,20 @@ def test_a_token_is_where_the_tokens_before_it_say(position):
     for i in range(5, 9):
         logits, memory = extend(model, params, tokens[:, i : i + 1], memory)
         np.testing.assert_allclose(logits[0], wanted[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", mechanisms.names())
+def test_no_two_arrays_of_a_memory_are_one(name):
+    """`extend` writes into the arrays that it is given."""
+    architecture = model_of(tiny(), 257).architecture
+    memory = initial_memory(architecture, (mechanisms.get(name)(),), 1, 8)
+    places = [z.unsafe_buffer_pointer() for z in jax.tree.leaves(memory)]
+    assert len(set(places)) == len(places)
+
+
+def test_a_memory_of_matrices_can_be_sampled_from():
+    model, params = network("infini", "attention.segment=4")
+    assert len(sample(model, params, 6)) == 6
 
 
 @pytest.mark.parametrize("attention", ["window", TAIL])

@@ -80,7 +80,7 @@ class Recall(nn.Module):
         pos = jnp.broadcast_to(jnp.arange(LENGTH), batch.keys.shape)
         nowhere = positions.get("none")()
         attention = Attention(SIZES, self.mechanism, nowhere, Exponential(), name="attention")
-        out, _, aux = attention(x, pos, pos * 0, None, None, ())
+        out, _, aux = attention(x, pos, pos * 0, None, None, None, ())
         return nn.Dense(VALUES)(nn.RMSNorm()(out[:, -QUESTIONS:])), aux or {}
 
 
