@@ -24,7 +24,7 @@ LENGTH = FACTS + BLANKS + QUESTIONS
 STEPS, BATCH, RATE, TESTED = 500, 16, 3e-3, 128
 SIZES = Architecture(width=64, layers=1, heads=2, kv_heads=2, head_dim=32)
 
-MECHANISMS: dict[str, tuple[str, dict[str, int]]] = {
+MECHANISMS: dict[str, tuple[str, dict[str, float]]] = {
     "softmax": ("softmax", {}),
     "window, 32": ("window", {"window": 32}),
     "strided, 16": ("strided", {"stride": 16}),
@@ -33,7 +33,10 @@ MECHANISMS: dict[str, tuple[str, dict[str, int]]] = {
     "routing, 8 of 32": ("routing", {"clusters": 8, "length": 32}),
     "routing, 8 of 64": ("routing", {"clusters": 8, "length": 64}),
     "block_topk": ("block_topk", {"block": 16, "chosen": 4}),
-    "knn_memory": ("knn_memory", {"segment": 32, "memory": 256, "neighbours": 8}),
+    "knn_memory": (
+        "knn_memory",
+        {"segment": 32, "memory": 256, "neighbours": 8, "gate": 2.0},
+    ),
     "favor": ("favor", {"features": 64}),
     "linear": ("linear", {}),
     "long_short": ("long_short", {"segment": 16, "rank": 1, "window": 32}),
