@@ -30,6 +30,7 @@ def test_with_every_past_block_chosen_it_is_softmax_with_its_gradients(block, ch
     assert_close(outputs_and_gradients(case, inputs), wanted)
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_highest_mean_logit_a_query_and_a_head_at_a_time():
     """Values that tell tokens apart show which ones a query saw: its own block, and those two past
     blocks of 4 whose mean key has the largest product with it."""

@@ -359,7 +359,7 @@ SAVING = """
 """
 
 
-@pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killing_a_run_in_the_middle_of_saving_never_costs_a_finished_step(tmp_path, times):
     last = 0
     for _ in range(times):

@@ -6,8 +6,9 @@ from battery.calls import assert_close, outputs
 from battery.cases import DIMS, Case, draw
 
 from attnlab.core import MASK
+from attnlab.engines.ranks import kth_largest
 from attnlab.errors import UserError
-from attnlab.mechanisms.knn_memory import KnnMemory, _kth
+from attnlab.mechanisms.knn_memory import KnnMemory
 from attnlab.positions.none import NoPosition
 
 GROUP = DIMS.heads // DIMS.kv_heads
@@ -60,7 +61,7 @@ def test_the_kth_largest_is_that_of_a_sort(k):
     z = np.random.default_rng(k).standard_normal((3, 40)).astype(np.float32)
     z[0] *= np.float32(10.0) ** np.arange(-30, 10)
     z[1, 5:20], z[1, 20:] = 0, MASK
-    np.testing.assert_array_equal(_kth(z, k)[:, 0], np.sort(z, 1)[:, -k])
+    np.testing.assert_array_equal(kth_largest(z, k)[:, 0], np.sort(z, 1)[:, -k])
 
 
 def test_keys_that_tie_with_the_last_neighbour_count_too():

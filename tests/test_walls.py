@@ -63,7 +63,7 @@ def test_engines_know_no_mechanism():
 def test_mechanisms_positions_and_normalisers_do_not_know_each_other_nor_the_model():
     check("mechanisms", (*FOUNDATION, "combination", "engines", "mechanisms"))
     check("positions", (*FOUNDATION, "positions"))
-    check("normalisers", (*FOUNDATION, "normalisers"))
+    check("normalisers", (*FOUNDATION, "engines.ranks", "normalisers"))
 
 
 def test_the_model_knows_neither_config_nor_data():

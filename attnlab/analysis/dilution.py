@@ -129,12 +129,12 @@ def measure_rows(
     if rule.whole:
         size, tile = min(N, tile or min(512, limit)), M
     else:
-        size = blockwise.tile_size(N, B * H, tile)
+        size = blockwise.even_tile(N, tile) if tile else blockwise.tile_size(N, B * H)
     q = _tiles(rule.rotate(queries.q, queries.pos, "query"), size, 0).swapaxes(2, 3)
     asking = _Asking(q, *(_tiles(z, size, -1) for z in (queries.pos, queries.seg, matters)))
     # As wide as memory allows: many small sums, one after another, would round off more.
     limit = max(64, blockwise.LOGITS_IN_FLIGHT // (B * H * size))
-    width = blockwise.tile_size(M, B * H, tile or limit)
+    width = blockwise.even_tile(M, tile or limit)
     k = _tiles(rule.rotate(keys.k, keys.pos, "key"), width, 0).swapaxes(2, 3)
     answering = _Answering(k, _tiles(keys.pos, width, 0), _tiles(keys.seg, width, -1))
     one: Callable[..., Rows] = _whole_rows if rule.whole else _streamed_rows

@@ -69,10 +69,13 @@ def attend(
 
 def tile_size(length: int, rows: int, limit: int | None = None) -> int:
     """Tokens per tile for ``rows`` = B H simultaneous heads: large enough to keep the cores busy,
-    small enough to stay in cache, never more than ``limit``, and dividing ``length`` with little
-    padding."""
+    small enough to stay in cache, and never more than ``limit``."""
     fitting = max(64, min(512, 1 << (int((LOGITS_IN_FLIGHT / rows) ** 0.5).bit_length() - 1)))
-    limit = min(limit or fitting, fitting)
+    return even_tile(length, min(limit or fitting, fitting))
+
+
+def even_tile(length: int, limit: int) -> int:
+    """Tokens per tile, at most ``limit``, that divide ``length`` with little padding."""
     tile = -(-length // -(-length // limit))
     return tile if tile <= 8 or tile == length else min(limit, -(-tile // 8) * 8)
 

@@ -50,11 +50,12 @@ class Scattered(Pattern):
         for as many blocks as an aligned tile has, and a few more."""
         # Tiles across the start of a document may have more, and then visit every tile.
         examined = max(3, TILE // self.block + 2)
+        one = low[..., None] + jnp.arange(examined, dtype=jnp.int32)
         seen = high - low >= examined
-        for step in range(examined):
-            for part in range(self.random):
-                to = self.drawn(low + step, part, jnp)
-                seen |= (low + step <= high) & (other_low <= to) & (to <= other_high)
+        for part in range(self.random):
+            to = self.drawn(one, part, jnp)
+            met = (other_low[..., None] <= to) & (to <= other_high[..., None])
+            seen |= jnp.any(met & (one <= high[..., None]), -1)
         return seen
 
     def drawn(self, I, part: int, xp):

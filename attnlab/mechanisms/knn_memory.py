@@ -9,9 +9,9 @@ from jax import lax
 
 from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
 from attnlab.engines import blockwise, dense, segments
+from attnlab.engines.ranks import kth_largest, reach
 from attnlab.engines.segments import Span
 from attnlab.errors import UserError
-from attnlab.normalisers.top_k import reach
 from attnlab.refusals import refuse_bidirectional
 from attnlab.registry import register
 
@@ -140,7 +140,7 @@ class KnnMemory(Mechanism):
         z = jnp.einsum("bcgrd,bmgd->bgrcm", asking.q.reshape(B, C, G, H // G, D), store.k)
         seen = self._store().allowed(asking, store)[:, None, None]
         score = lax.stop_gradient(jnp.where(seen, z, MASK))
-        kept = seen & reach(score, _kth(score, min(self.neighbours, score.shape[-1])))
+        kept = seen & reach(score, kth_largest(score, min(self.neighbours, score.shape[-1])))
         z = jnp.where(kept, z * params["scale"].reshape(G, -1, 1, 1), MASK)
         top = lax.stop_gradient(jnp.max(z, -1, keepdims=True))
         weight = jnp.where(kept, jnp.exp(z - top), 0)
@@ -148,25 +148,6 @@ class KnnMemory(Mechanism):
         probs = weight / jnp.where(total > 0, total, 1)
         found = jnp.einsum("bgrcm,bmge->bcgre", probs, store.v)
         return found.reshape(B, C, H, -1), jnp.any(seen, (1, 2, 4))
-
-
-def _kth(z: Array, k: int) -> Array:
-    """The k-th largest of the last axis, exactly: [... M] f32 -> [... 1], in 32 passes, one for
-    each bit of the answer. A sort, which is what a CPU makes of `lax.top_k`, takes 17 times as long
-    for 2048 keys."""
-    bits = lax.bitcast_convert_type(z, jnp.int32)
-    bits = jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31)))  # unsigned, in the order of z
-    bits = lax.bitcast_convert_type(bits, jnp.uint32)
-
-    def step(i, found):
-        more = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        enough = jnp.sum(bits >= more, -1, keepdims=True) >= k
-        return jnp.where(enough, more, found)
-
-    found = lax.fori_loop(0, 32, step, jnp.zeros((*z.shape[:-1], 1), jnp.uint32))
-    found = lax.bitcast_convert_type(found, jnp.int32)
-    found = jnp.where(found < 0, found ^ jnp.int32(-(2**31)), ~found)
-    return lax.bitcast_convert_type(found, jnp.float32)
 
 
 def _unit(z: Array) -> Array:

@@ -89,8 +89,8 @@ class Strided(Mechanism):
 
     def _columns(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
         """Full attention inside every column of every document: a column is a segment."""
-        first = jnp.minimum(*(_first_document(tokens) for tokens in (queries, keys)))
-        queries, keys = (self._relabelled(tokens, first) for tokens in (queries, keys))
+        first = jnp.minimum(_first_document(queries), _first_document(keys))
+        queries, keys = self._relabelled(queries, first), self._relabelled(keys, first)
         order, back = _order(queries)
         queries = permuted(queries, order)
         keys = permuted(keys, _order(keys)[0])

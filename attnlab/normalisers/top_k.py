@@ -5,13 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import MASK, Array, Normaliser
+from attnlab.core import MASK, Normaliser
+from attnlab.engines.ranks import reach
 from attnlab.errors import UserError
 from attnlab.registry import register
-
-SAME = 1e-5
-"""Logits tie within this, relative to the larger of 1 and the logit. The compiler may compute them
-once to find the k-th and once more to compare with it, and round differently."""
 
 
 @register
@@ -40,8 +37,3 @@ class TopK(Normaliser):
         least = jax.lax.top_k(rank, min(self.k, z.shape[-1]))[0][..., -1:]
         kept = seen & reach(rank, least)
         return super().weights(params, jnp.where(kept, z, MASK), kept)
-
-
-def reach(z: Array, least: Array) -> Array:
-    """Which of ``z`` are at least ``least``, or tie with it."""
-    return z >= least - SAME * jnp.maximum(jnp.abs(least), 1.0)
