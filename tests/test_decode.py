@@ -217,6 +217,7 @@ def say(monkeypatch, tokens):
     monkeypatch.setattr(decode, "stream_tokens", lambda *a, **o: iter(tokens))
 
 
+@pytest.mark.slow
 def test_a_letter_of_two_bytes_is_written_when_it_is_whole(monkeypatch):
     written = []
 

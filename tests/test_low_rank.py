@@ -82,6 +82,7 @@ def test_nystrom_averages_constant_values_to_themselves():
     np.testing.assert_allclose(out, 1, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_low_rank_rows_are_distributions_over_the_visible_keys(causal):
     mechanism = LowRank(rank=3, chunk=8)

@@ -35,6 +35,12 @@ CLOSED = (Softmax(), TopK(4), Entmax(), Entmax(1.25), Sparsemax())
 draw = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def anew():
+    """What a test draws does not depend on the tests before it."""
+    draw.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 def weigh(normaliser, z, seen=None) -> np.ndarray:
     """The weights of logits [n M] as one head sees them, all keys visible unless told."""
     seen = np.ones(z.shape, bool) if seen is None else seen

@@ -121,6 +121,7 @@ def test_an_empty_batch_is_no_division_by_zero():
     assert all(bool(jnp.all(jnp.isfinite(z))) for z in jax.tree.leaves(after.params))
 
 
+@pytest.mark.slow
 def test_the_state_may_be_donated():
     config = small("optimizer.ema=0.9")
     model, optimizer = model_of(config, VOCAB), make_optimizer(config.optimizer, 100)

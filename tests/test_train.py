@@ -334,6 +334,7 @@ def test_nan_is_skipped_and_the_skipped_step_is_on_record(tmp_path, monkeypatch,
     assert all(b"nan" not in value for value in saved_state(tmp_path, config).values())
 
 
+@pytest.mark.slow
 def test_nan_rewinds_past_the_batch_and_an_interruption_changes_nothing(tmp_path, monkeypatch):
     config = tiny("train.on_nan=rewind", *QUICK)
     Poisoned(monkeypatch, config, [5, 13])

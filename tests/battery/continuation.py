@@ -12,12 +12,12 @@ from battery.cases import BATCH, DIMS, LENGTH, Case, Inputs, documents, draw
 from battery.network import forward, network_of, parameters_of, tokens_of
 from battery.refusal import causal_only
 
-PIECES = ((LENGTH,), (16, 16), (5, 16, 1, 5, 5), (1,) * LENGTH)
+PIECES = ((16, 16), (5, 16, 1, 5, 5), (1,) * LENGTH)
 
 
 @causal_only
 def check_extension(case: Case) -> None:
-    """forward == extend for one piece, halves, uneven pieces and single tokens, with a change of
+    """forward == extend for halves, uneven pieces and single tokens, with a change of
     document in the middle of a piece; the state never changes shape."""
     inputs = documents(draw(case), (13, 19), (20, 12))
     whole = quick_outputs(case, inputs)
