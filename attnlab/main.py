@@ -76,6 +76,20 @@ def dilution(line: Line) -> int | None:
     return dilution(**line.flags)
 
 
+def bench(line: Line) -> int | None:
+    line.need("attention", "softmax,window")
+    own = [(path, text) for path, text in line.overrides if _of_attention(path)]
+    others = [pair for pair in line.overrides if pair not in own]
+    from attnlab.bench.command import bench, default_config
+    from attnlab.overrides import load, override
+
+    file = line.flags.pop("config", None)
+    config = load(file) if file else default_config()
+    for path, text in others:
+        override(config, path, text)
+    return bench(config=config, overrides=own, command=["attnlab", *line.typed], **line.flags)
+
+
 def plan(line: Line) -> int | None:
     config = _config(line)
     from attnlab.plan import plan
@@ -191,6 +205,24 @@ COMMANDS = {
             "out": Flag("directory to write in; default dilution, in the workdir", example="DIR"),
             **STEP,
         },
+    ),
+    "bench": Command(
+        bench,
+        "Time, memory and growth of mechanisms by length, each measurement in a process of its "
+        "own; with --peers also of the packages that are installed, called in turn with ours. "
+        "Sizes are those of the config: by default one sequence and four heads of 64.",
+        {
+            **CONFIG,
+            "attention": Flag("the entries, such as softmax,window", example="LIST"),
+            "lengths": Flag("tokens, such as 1024,4k,64k", example="LIST"),
+            "positions": Flag("position modules; default that of the config", example="LIST"),
+            "mode": Flag("fwd, fwdbwd (default), train or decode", example="MODE"),
+            "peers": Flag("measure the packages of others beside", bool),
+            "threads": Flag("processors to keep to; default all", int, "N"),
+            "repeats": Flag("calls of each; fewer where they are long (default 7)", int, "N"),
+            "out": Flag("directory to write in (default bench)", example="DIR"),
+        },
+        configured=True,
     ),
     "plan": Command(
         plan,

@@ -1,0 +1,90 @@
+"""The process that measures one subject: ``python -m attnlab.bench.worker``, told by its stdin.
+
+The first line says what, as JSON; every line after it asks for one call. It answers each with a
+line of JSON: first what compiling took and what the call is worth, then the seconds of each call,
+on the wall and of all processors together. So a parent may ask two of them in turn. An error is
+answered with {"error", "code"} and ends it.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from attnlab.errors import AttnlabError, UserError
+
+
+def main() -> int:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    asked = json.loads(sys.stdin.readline())
+    try:
+        pin(asked["threads"])
+        call = prepare(asked, answers)
+        for _ in sys.stdin:
+            wall, processors = time.perf_counter(), time.process_time()
+            call()
+            measured = {
+                "wall": time.perf_counter() - wall,
+                "cpu": time.process_time() - processors,
+                "peak": peak_memory(),
+            }
+            answers.write(json.dumps(measured) + "\n")
+        return 0
+    except AttnlabError as error:
+        answers.write(json.dumps({"error": str(error), "code": error.code}) + "\n")
+        return error.code
+
+
+def pin(threads: int) -> None:
+    """Keeps this process to so many processors (0: all); before anything starts threads."""
+    if not threads:
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError(f"--threads={threads}: this system cannot pin a process; leave it out")
+    known = sorted(os.sched_getaffinity(0))
+    if threads > len(known):
+        raise UserError(f"--threads={threads}: this machine has {len(known)}")
+    os.sched_setaffinity(0, known[:threads])
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def prepare(asked: dict[str, Any], answers: Any) -> Callable[[], Any]:
+    """Builds the subject, or the peer, says what it is, and returns its call, warm."""
+    if asked.get("peer"):
+        from attnlab.bench.peers import build_peer
+
+        subject = build_peer(asked["peer"], asked["mode"], asked["length"], asked["sizes"])
+    else:
+        from attnlab.bench.subjects import build
+        from attnlab.config import from_json
+
+        config = from_json(json.dumps(asked["config"]), "the config")
+        subject = build(config, asked["mode"], asked["length"])
+    subject.call()
+    import jax
+
+    about = {
+        "tokens": subject.tokens,
+        "flops": subject.flops,
+        "state": subject.state,
+        "compiling": subject.compiling,
+        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+    }
+    answers.write(json.dumps(about) + "\n")
+    return subject.call
+
+
+def peak_memory() -> int:
+    """As `attnlab.progress.peak_memory`: of the accelerator, or of this process."""
+    from attnlab.progress import peak_memory
+
+    return peak_memory()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
