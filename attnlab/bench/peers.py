@@ -6,6 +6,7 @@ its own is fed through identities, so that the same part is timed.
 """
 
 import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
