@@ -85,6 +85,7 @@ def test_a_gradient_counts_three_times_its_forward_pass():
     assert backward == 3 * forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["han", "switch_head", "routing", "infini"])
 def test_what_a_mechanism_reads_beside_is_there(name):
     """Units, the block's input, statistics and a state of its own, also in decoding."""
@@ -124,7 +125,7 @@ def test_a_process_answers_for_its_subject_and_for_its_mistakes():
 def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path, capsys):
     out = tmp_path / "bench"
     line = ["bench", "--attention=window,linformer", "--lengths=32", "--repeats=1", "--mode=fwd"]
-    assert main([*line, f"--out={out}", "--config.model.heads=2"]) == 2
+    assert main([*line, f"--out={out}", "--config.task.batch=2"]) == 2
     shown = capsys.readouterr().out
     assert "window" in shown
     assert "linformer, 32 tokens: attention linformer cannot be causal" in shown
@@ -145,6 +146,7 @@ def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path, capsys):
         ["--repeats=0"],
         ["--positions=rop"],
         ["--peers", "--mode=train"],
+        ["--config.model.heads=3"],
         ["--config.attention.windw.window=3"],
     ],
 )

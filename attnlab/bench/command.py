@@ -16,6 +16,7 @@ from attnlab.config import base, put, section, to_json
 from attnlab.core import positions as registry
 from attnlab.entries import make_configs, parse_entries
 from attnlab.errors import AttnlabError, DataError, UserError
+from attnlab.limits import validate
 from attnlab.provenance import find_commit, find_versions
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def bench(
         for each in in_positions(given, positions)
         for length in sizes
     ]
+    for point in points:
+        validate(point.config)
     folder, rows, code = Path(out), [], 0
     common = {"mode": mode, "threads": threads, "command": list(command), **machine()}
     try:

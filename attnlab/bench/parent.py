@@ -94,7 +94,9 @@ class Worker:
         said = self.said.read().decode(errors="replace")
         if code < 0:
             return f"killed by signal {-code}" + ", perhaps for want of memory" * (code == -9)
-        return (said.strip().splitlines() or ["it said nothing"])[-1]
+        notes = ("For simplicity", "----")  # with which jax ends a traceback
+        lines = [line for line in said.strip().splitlines() if not line.startswith(notes)]
+        return (lines or ["it said nothing"])[-1]
 
 
 class Timing(NamedTuple):

@@ -141,13 +141,15 @@ def plot(rows: Sequence[Row], path: Path, heading: str) -> None:
     memory.set_ylabel("MiB above an empty process")
     for axes in (seconds, memory):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        if any(len(line.get_ydata()) for line in axes.lines):
+            axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(heading, fontsize=10, x=0.01, ha="left")
-    figure.legend(frameon=False, loc="outside lower center", ncols=5, fontsize=9)
+    if found:
+        figure.legend(frameon=False, loc="outside lower center", ncols=5, fontsize=9)
     save_figure(figure, path)
 
 
