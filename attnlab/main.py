@@ -220,7 +220,7 @@ COMMANDS = {
             "peers": Flag("measure the packages of others beside", bool),
             "threads": Flag("processors to keep to; default all", int, "N"),
             "repeats": Flag("calls of each; fewer where they are long (default 7)", int, "N"),
-            "out": Flag("directory to write in (default bench)", example="DIR"),
+            "out": Flag("directory to write in (default runs/bench)", example="DIR"),
         },
         configured=True,
     ),

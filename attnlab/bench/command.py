@@ -49,7 +49,7 @@ def bench(
     peers: bool = False,
     threads: int = 0,
     repeats: int = 7,
-    out: str = "bench",
+    out: str = "runs/bench",
     config: ConfigDict | None = None,
     overrides: Sequence[tuple[str, str]] = (),
     command: Sequence[str] = ("attnlab", "bench"),
