@@ -144,6 +144,7 @@ def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path, capsys):
         ["--mode=fast"],
         ["--lengths=1.5"],
         ["--repeats=0"],
+        ["--threads=9999"],
         ["--positions=rop"],
         ["--peers", "--mode=train"],
         ["--config.model.heads=3"],

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from attnlab.bench.parent import Stopped, Worker, ratio, timing
+from attnlab.bench.worker import choose_processors
 from attnlab.config import base, put, section, to_json
 from attnlab.core import positions as registry
 from attnlab.entries import make_configs, parse_entries
@@ -66,6 +67,7 @@ def bench(
         raise UserError(f"--mode={mode}: one of {', '.join(MODES)}")
     if repeats < 1 or threads < 0:
         raise UserError(f"--repeats={repeats} --threads={threads}: at least 1 and 0")
+    choose_processors(threads)
     sizes = parse_lengths(lengths)
     if peers and mode not in ("fwd", "fwdbwd"):
         raise UserError(f"--peers are measured with --mode=fwd or fwdbwd, not {mode}")

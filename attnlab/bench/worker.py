@@ -40,15 +40,22 @@ def main() -> int:
 
 def pin(threads: int) -> None:
     """Keeps this process to so many processors (0: all); before anything starts threads."""
+    chosen = choose_processors(threads)
+    if chosen:
+        os.sched_setaffinity(0, chosen)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def choose_processors(threads: int) -> list[int]:
+    """Which processors that keeps it to; none for all. Raises `UserError` without so many."""
     if not threads:
-        return
+        return []
     if not hasattr(os, "sched_setaffinity"):
         raise UserError(f"--threads={threads}: this system cannot pin a process; leave it out")
     known = sorted(os.sched_getaffinity(0))
     if threads > len(known):
-        raise UserError(f"--threads={threads}: this machine has {len(known)}")
-    os.sched_setaffinity(0, known[:threads])
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+        raise UserError(f"--threads={threads}: this process may use {len(known)}")
+    return known[:threads]
 
 
 def prepare(asked: dict[str, Any], answers: Any) -> Callable[[], Any]:
