@@ -12,6 +12,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -47,6 +48,10 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """Sorted file names that hold an `@register`; nothing is imported but the package."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         paths = importlib.import_module(self.package).__path__
         return tuple(sorted(m.name for m in pkgutil.iter_modules(paths) if _offers(m)))
 

@@ -1,16 +1,25 @@
-"""One setting for all tests: eight virtual CPU devices, exact products, compilations kept."""
+"""One setting for all tests: eight virtual CPU devices, exact products, compilation quick, kept."""
 
+import os
 from pathlib import Path
 
 import jax
 import pytest
 
 CACHE = Path(__file__).parents[1] / ".jax_cache"
+FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+"""Arithmetic is under test, not speed: so programs compile in less than half the time. Read at the
+first use of a device, and by the processes that tests start."""
 
+os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
 jax.config.update("jax_num_cpu_devices", 8)  # must precede the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_collection_modifyitems(items):

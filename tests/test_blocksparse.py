@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK
 from test_blockwise import FORWARD_AND_BACK, assert_same, avals, tokens
 
 from attnlab.core import MASK, Position, Rule, positions
@@ -42,13 +41,13 @@ def both(attend, queries, keys, rule):
     return dict(zip((*FORWARD_AND_BACK, "d_rule"), (*values, *gradient[:3], gradient[3].params)))
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def run(queries, keys, rule, table):
     attend = partial(blocksparse.attend, table=table, tile=TILE, block=BLOCK)
     return both(attend, queries, keys, rule)
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def oracle(queries, keys, rule, among):
     return both(partial(dense.attend, among=among), queries, keys, rule)
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,9 +44,8 @@ run = jax.jit(
         partial(blockwise.attend, tile=tile), queries, keys, rule
     ),
     static_argnums=3,
-    compiler_options=QUICK,
 )
-oracle = jax.jit(partial(both, dense.attend), compiler_options=QUICK)
+oracle = jax.jit(partial(both, dense.attend))
 
 
 def assert_same(got, wanted, tolerance=2e-5):

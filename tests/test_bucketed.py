@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close
+from battery.calls import assert_close
 
 from attnlab.core import Dims, Keys, Queries, Rule
 from attnlab.engines import bucketed, rings, sorting, union
@@ -33,7 +33,7 @@ def draw(N, rounds, buckets, seed=0, documents=True):
 
 def compiled(form):
     """A form of (queries, keys, rule, code, buckets, length), compiled once per shape."""
-    return jax.jit(form, static_argnums=(4, 5), compiler_options=QUICK)
+    return jax.jit(form, static_argnums=(4, 5))
 
 
 def fast(queries, keys, rule, code, buckets, length):
@@ -55,7 +55,7 @@ def gradients(form, queries, keys, rule, *rest):
         seen = jnp.where(lse > -1e29, lse, 0.0)
         return jnp.sum(out * weight) + jnp.sum(jnp.sin(seen)), (out, lse)
 
-    grad = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+    grad = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
     return grad(queries.q, keys.k, keys.v)
 
 
@@ -108,7 +108,7 @@ def test_a_full_bucket_drops_the_oldest_and_stays_finite():
     def late(v):
         return fast(queries, keys._replace(v=v), Rule(), code, 4, 5)[0][:, 30].sum()
 
-    moved = jax.jit(jax.grad(late), compiler_options=QUICK)(keys.v)
+    moved = jax.jit(jax.grad(late))(keys.v)
     assert np.all(np.isfinite(moved))
     reached = np.flatnonzero(np.any(np.asarray(moved) != 0, (0, 2, 3)))
     assert reached.tolist() == [25, 26, 27, 28, 29]
@@ -129,7 +129,7 @@ def test_rings_continue_what_the_engine_computes_after_many_turns(rounds, bucket
     rule = Rule({}, Alibi())
     whole, _ = compiled(fast)(queries, keys, rule, code, buckets, length)
     state = rings.empty(Dims(0, H, G, D, E), B, rounds, buckets, length)
-    step, outs = jax.jit(rings.attend, compiler_options=QUICK), []
+    step, outs = jax.jit(rings.attend), []
     for a, b in ((0, 17), (17, 18), (18, 35), (35, N)):
         part = jax.tree.map(lambda z, a=a, b=b: z[:, a:b], (queries, keys))
         out, state = step(state, *part, rule, code[..., a:b])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from battery.calls import QUICK
 from test_step import VOCAB, assert_bitwise, small
 from test_train import QUICK as SHORT
 from test_train import Poisoned, run, signal_during
@@ -56,11 +55,11 @@ def stepper(*changes):
     """(initial state, compiled step) under an optimizer that leaves gradients readable."""
     config, optimizer = tail(*changes), optax.sgd(0.1)
     model = model_of(config, VOCAB)
-    step = jax.jit(make_step(model, optimizer, config), compiler_options=QUICK)
+    step = jax.jit(make_step(model, optimizer, config))
     return jax.jit(partial(init_state, model, optimizer, config))(), step
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def read(model, params, carried, batch):
     losses = token_losses(model, params, batch, resume(model, carried, batch))
     return losses.nll, hand_on(model, losses.extras.memory, batch)
@@ -151,10 +150,10 @@ def test_memory_lies_with_its_rows_and_a_sharded_step_equals_that_of_one_device(
     place = state_shardings(mesh, shapes)
     place = place._replace(memory=jax.tree.map(lambda _: rows, shapes.memory))
     state = init()
-    one = jax.jit(step, compiler_options=QUICK)
+    one = jax.jit(step)
     with jax.set_mesh(mesh):
         spread = jax.jit(init, out_shardings=place)()
-        many = jax.jit(step, donate_argnums=0, out_shardings=(place, None), compiler_options=QUICK)
+        many = jax.jit(step, donate_argnums=0, out_shardings=(place, None))
         for batch in make_stream(3, 16)[1]:
             state, expected = one(state, batch)
             spread, found = many(spread, put(batch, rows))

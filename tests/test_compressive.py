@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close, attend, outputs
+from battery.calls import assert_close, attend, outputs
 from battery.cases import DIMS, Case, documents, draw
 
 from attnlab.errors import UserError
@@ -62,7 +62,7 @@ def losses(case, inputs):
         return result.aux["loss"] if which == "loss" else jnp.sum(jnp.sin(result.out))
 
     learned = (inputs.params[0], inputs.q, inputs.k, inputs.v)
-    grad = jax.jit(jax.grad(call), static_argnums=1, compiler_options=QUICK)
+    grad = jax.jit(jax.grad(call), static_argnums=1)
     return grad(learned, "loss"), grad(learned, "out")
 
 

@@ -5,13 +5,11 @@ import csv
 import json
 import math
 import shutil
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK
 from tiny import saved_state, tiny, trained
 
 from attnlab.analysis.dilution import NAMES, SINKS, TOP, measure_rows
@@ -42,10 +40,10 @@ from attnlab.train import train
 
 DIMS = Dims(8, 4, 2, 8, 5)
 
-measured = jax.jit(measure_rows.__wrapped__, static_argnames=("tile",), compiler_options=QUICK)
+measured = jax.jit(measure_rows.__wrapped__, static_argnames=("tile",))
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def densely(queries, keys, rule):
     return dense.attend(queries, keys, rule)[2]
 
@@ -221,7 +219,7 @@ def test_a_layer_is_measured_over_the_keys_that_it_attends_to(name):
     mechanism = mechanisms.get(name).examples()[-1]
     queries, keys = tokens(29, 29)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(queries, keys):
         result = Observed(mechanism)({}, queries, keys, Rule())
         return result, mechanism.reference({}, queries, keys, Rule())

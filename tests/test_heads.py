@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from battery.calls import DRAWING, QUICK, assert_close, quick_outputs
+from battery.calls import DRAWING, assert_close, quick_outputs
 from battery.cases import DIMS, Case, draw
 
 from attnlab.combination import greatest
@@ -26,7 +26,7 @@ def call(case, inputs, **more):
         rule = case.rule(place)
         return case.mechanism(params, z.queries(), z.keys(), rule, x=z.x, **more)
 
-    return jax.jit(run, compiler_options=QUICK)(inputs)
+    return jax.jit(run)(inputs)
 
 
 def test_groups_have_the_kv_heads_that_serve_them():

@@ -1,12 +1,10 @@
 """LSH attention: a softmax over what hashes alike, and hashes that keep directions together."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close, quick_outputs
+from battery.calls import assert_close, quick_outputs
 from battery.cases import DIMS, Case, documents, draw
 from battery.continuation import extend
 
@@ -77,7 +75,7 @@ def test_the_chance_of_a_collision_falls_with_the_angle(buckets):
     b -= np.sum(a * b, -1, keepdims=True) * a
     b /= np.linalg.norm(b, axis=-1, keepdims=True)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def find(u):
         return hash_directions(u, 2, buckets, jax.random.key(3))
 
@@ -106,7 +104,7 @@ def test_a_key_draws_other_directions_and_none_draws_those_of_the_seed():
         mechanism = Lsh(1, 4, 4, seed)
         return mechanism({}, inputs.queries(), inputs.keys(), Rule(), key=key).out
 
-    call = jax.jit(call, static_argnums=1, compiler_options=QUICK)
+    call = jax.jit(call, static_argnums=1)
     np.testing.assert_array_equal(call(None), call(None))
     np.testing.assert_array_equal(call(None), call(jax.random.key(0)))
     assert np.any(call(None) != call(jax.random.key(1)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close
+from battery.calls import assert_close
 
 from attnlab.mechanisms.softmax import Softmax
 from attnlab.mechanisms.window import Window
@@ -31,17 +31,17 @@ def tokens(seed=0):
     return words, pos, pos * 0
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def init(net):
     return net.init(jax.random.key(0), *tokens())
 
 
-@partial(jax.jit, static_argnums=(0, 3), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(0, 3))
 def apply(net, params, batch, train=False, key=None):
     return net.apply(params, *batch, train=train, rngs=key if key is None else {"dropout": key})
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def loss_and_gradient(net, params, batch):
     return jax.value_and_grad(lambda p: jnp.mean(jnp.square(net.apply(p, *batch)[0])))(params)
 
@@ -192,7 +192,7 @@ def test_the_encoder_sees_both_ways(classifier):
 
     changed = words.copy()
     changed[:, -1] = (words[:, -1] + 1) % WORDS
-    a, b = (jax.jit(first, compiler_options=QUICK)(z) for z in (words, changed))
+    a, b = (jax.jit(first)(z) for z in (words, changed))
     assert np.any(a != b)
 
 
@@ -214,7 +214,7 @@ def test_a_tap_reaches_every_layer():
     words, pos, seg = tokens()
     own = np.broadcast_to(np.arange(N, dtype=np.int32), seg.shape)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def silent(seg):
         return net.apply(params, words, pos, seg, taps=(("heads", jnp.zeros_like),))[0]
 

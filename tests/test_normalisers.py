@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK
 from jax.test_util import check_grads
 
 from attnlab.config import base, model_of
@@ -47,7 +46,7 @@ def weigh(normaliser, z, seen=None) -> np.ndarray:
     return np.asarray(_weights(normaliser, np.asarray(z, np.float32), seen))
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def _weights(normaliser, z, seen):
     return normaliser.weights({}, jnp.where(seen, z, MASK)[None, None], seen[None, None])[0, 0]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close, assert_finite
+from battery.calls import assert_close, assert_finite
 
 from attnlab.engines import recurrent
 
@@ -61,7 +61,7 @@ def chunked(seg, memory=None, chunk=8, **inputs):
     return out, state.memory
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def gradients(function, seg, inputs):
     """Outputs, final memory and the gradient of a fixed mixture of both."""
     normal = np.random.default_rng(9).standard_normal
@@ -88,7 +88,7 @@ def test_outputs_state_and_every_gradient_are_those_of_the_recurrence(decay):
 @pytest.mark.slow
 def test_the_chunk_size_changes_nothing(decay, chunk):
     seg, inputs = documents(), draw(decay)
-    got = jax.jit(partial(chunked, chunk=chunk), compiler_options=QUICK)(seg, **inputs)
+    got = jax.jit(partial(chunked, chunk=chunk))(seg, **inputs)
     assert_close(got, token_by_token(seg, **inputs))
 
 
@@ -98,7 +98,7 @@ def test_pieces_hand_on_the_state(decay):
     seg, inputs, outs = documents(), draw(decay), []
     wanted = token_by_token(seg, **inputs)[0]
     state = recurrent.State(inputs.pop("memory"), jnp.zeros(B, jnp.int32))
-    step = jax.jit(partial(recurrent.attend, chunk=4), compiler_options=QUICK)
+    step = jax.jit(partial(recurrent.attend, chunk=4))
     for a, b in ((0, 14), (14, 15), (15, N)):
         part = {name: None if z is None else z[:, a:b] for name, z in inputs.items()}
         out, state = step(seg=seg[:, a:b], state=state, **part)
@@ -139,7 +139,7 @@ def test_both_ways_is_the_whole_document():
     seen = (seg[:, :, None] == seg[:, None]) & (seg[:, None] >= 0)
     wide = [np.repeat(z, H // G, 2) for z in (k, v)]
     wanted = np.einsum("bnm,bnhd,bmhd,bmhe->bnhe", seen, q, *wide)
-    both = jax.jit(partial(recurrent.attend_both_ways, chunk=8), compiler_options=QUICK)
+    both = jax.jit(partial(recurrent.attend_both_ways, chunk=8))
     assert_close(both(q, k, v, seg), wanted)
 
 

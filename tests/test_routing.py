@@ -1,12 +1,10 @@
 """Routing: k-means that follows the data, clusters that do not leak, and a selection that does."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close, quick_outputs
+from battery.calls import assert_close, quick_outputs
 from battery.cases import Case, documents, draw
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -29,7 +27,7 @@ def statistics_of():
         params, place = inputs.params
         return case.mechanism(params, inputs.queries(), inputs.keys(), case.rule(place)).aux
 
-    return jax.jit(call, static_argnums=0, compiler_options=QUICK)
+    return jax.jit(call, static_argnums=0)
 
 
 def test_one_cluster_is_softmax_over_normalised_shared_queries_and_keys():
@@ -65,7 +63,7 @@ def test_centroids_become_the_means_of_their_clusters():
     centroids = np.concatenate([means + 0.5 * rng.standard_normal((3, 16)), -means[:1]])
     start = {"centroids": jnp.asarray(centroids[None], jnp.float32), "mass": jnp.ones((1, 4))}
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def follow(statistics):
         cluster = jnp.argmax(affinities(u, statistics["centroids"]), -1)
         return average(statistics, u, jax.nn.one_hot(cluster, 4), 0.8)
@@ -126,9 +124,7 @@ def test_the_published_selection_leaks_through_no_gradient():
     late = (np.arange(N) >= t)[:, None, None]
     moved = np.abs(published(np.where(late, noise.q, inputs.q)) - published(inputs.q))
     assert np.max(moved[:, :t]) > 1e-2
-    gradient = jax.jit(jax.grad(lambda q: published(q)[:, :t].sum()), compiler_options=QUICK)(
-        inputs.q
-    )
+    gradient = jax.jit(jax.grad(lambda q: published(q)[:, :t].sum()))(inputs.q)
     assert np.any(gradient[:, :t])
     assert not np.any(gradient[:, t:])
 

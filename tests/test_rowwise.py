@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close
+from battery.calls import assert_close
 
 from attnlab.core import Keys, Position, Queries, Rule
 from attnlab.engines import blockwise, dense, rowwise
@@ -52,7 +52,7 @@ RULES = {
 }
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def outputs_and_gradients(engine, queries, keys, rule):
     def loss(q, k, v, params):
         given = Rule(params, rule.position, rule.causal, normaliser=rule.normaliser)
@@ -75,7 +75,7 @@ def test_keys_may_come_in_any_order(engine):
     queries, keys = tokens(13, 13)
     order = np.random.default_rng(1).permutation(13)
     shuffled = jax.tree.map(lambda z: z[:, order], keys)
-    attend = jax.jit(engine, compiler_options=QUICK)
+    attend = jax.jit(engine)
     result, moved = (attend(queries, z, RULES["both"]) for z in (keys, shuffled))
     assert_close(moved[0], result[0])
     if engine is dense.attend:
@@ -110,5 +110,5 @@ def is_program(thing) -> bool:
 def test_a_tap_rewrites_what_the_heads_give():
     queries, keys = tokens(5, 5)
     rule = Rule(normaliser=Sparsemax(), taps=(("heads", lambda z: z * 2),))
-    attend = jax.jit(rowwise.attend, compiler_options=QUICK)
+    attend = jax.jit(rowwise.attend)
     assert_close(attend(queries, keys, rule)[0], 2 * attend(queries, keys, RULES["sparse"])[0])

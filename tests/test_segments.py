@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close, attend, quick_outputs
+from battery.calls import assert_close, attend, quick_outputs
 from battery.cases import DIMS, Case, Inputs, documents, draw
 from battery.continuation import step
 
@@ -159,7 +159,7 @@ def gradient_of_last(case: Case, inputs: Inputs, first: int):
         z = inputs._replace(q=tokens[0], k=tokens[1], v=tokens[2])
         return jnp.sum(jnp.sin(attend(case, z).out[:, first:]))
 
-    compiled = jax.jit(jax.grad(late), compiler_options=QUICK)
+    compiled = jax.jit(jax.grad(late))
     return [np.asarray(z) for z in compiled((inputs.q, inputs.k, inputs.v))]
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK
 from test_step import VOCAB, assert_bitwise, make_batch, small
 from tiny import saved_state, tiny
 
@@ -35,11 +34,11 @@ def statistics(params, layer=0):
 def start(config):
     """(state, compiled step) of a config."""
     model, optimizer = model_of(config, VOCAB), make_optimizer(config.optimizer, 100)
-    step = jax.jit(make_step(model, optimizer, config), compiler_options=QUICK)
-    return jax.jit(partial(init_state, model, optimizer, config), compiler_options=QUICK)(), step
+    step = jax.jit(make_step(model, optimizer, config))
+    return jax.jit(partial(init_state, model, optimizer, config))(), step
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def plain_pass(model, params, batch):
     return [aux["statistics"] for aux in token_losses(model, params, batch).extras.aux]
 
@@ -51,7 +50,7 @@ def aux_of(config, params, batch):
 
 def fresh(config):
     """Parameters that nothing was measured with."""
-    return jax.jit(partial(init_params, model_of(config, VOCAB), 0), compiler_options=QUICK)()
+    return jax.jit(partial(init_params, model_of(config, VOCAB), 0))()
 
 
 def test_parameters_are_taken_apart_and_put_together():
@@ -137,10 +136,7 @@ def test_statistics_of_a_sharded_batch_are_those_of_one_device(monkeypatch):
     with jax.set_mesh(mesh):
         spread = jax.jit(init, out_shardings=place)()
         sharded = jax.jit(
-            make_step(model, optimizer, config),
-            donate_argnums=0,
-            out_shardings=(place, None),
-            compiler_options=QUICK,
+            make_step(model, optimizer, config), donate_argnums=0, out_shardings=(place, None)
         )
         for i in range(2):
             spread, found = sharded(spread, put(make_batch(i, 16), batch_sharding(mesh, 16)))

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close
+from battery.calls import assert_close
 from battery.cases import DIMS, Case, draw
 
 from attnlab.errors import UserError
@@ -17,7 +17,7 @@ def run(mechanism, inputs, params):
         rule = Case(mechanism, NoPosition()).rule(inputs.params[1])
         return mechanism(params, z.queries(), z.keys(), rule, x=z.x)
 
-    return jax.jit(call, compiler_options=QUICK)(params, inputs)
+    return jax.jit(call)(params, inputs)
 
 
 @pytest.mark.parametrize(("experts", "top"), [(1, 1), (3, 2)])

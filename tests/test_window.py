@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battery.calls import QUICK, assert_close, outputs
+from battery.calls import assert_close, outputs
 from battery.cases import DIMS, Case, documents, draw
 from battery.continuation import extend, step
 
@@ -36,7 +36,7 @@ def test_the_receptive_field_of_L_layers_is_exactly_L_times_window_minus_one(lay
 
         return jax.grad(last)(params)["params"]["embedding"]["embedding"]
 
-    rows = jax.jit(gradient, compiler_options=QUICK)(jax.random.key(0))
+    rows = jax.jit(gradient)(jax.random.key(0))
     reached = np.flatnonzero(np.any(np.asarray(rows) != 0, 1))
     assert reached.tolist() == list(range(N - 1 - layers * (window - 1), N))
 
@@ -87,7 +87,7 @@ def test_sinks_stay_visible_and_nothing_between_does():
         queries, keys = inputs.queries(), inputs.keys()._replace(v=v)
         return jnp.sum(case.mechanism({}, queries, keys, Rule()).out[:, -1])
 
-    moved = jax.jit(jax.grad(last), compiler_options=QUICK)(inputs.v)
+    moved = jax.jit(jax.grad(last))(inputs.v)
     assert np.flatnonzero(np.any(np.asarray(moved) != 0, (0, 2, 3))).tolist() == [0, 1, 17, 18, 19]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from attnlab.core import Keys
 from attnlab.model import initial_memory
-from battery.calls import DRAWING, QUICK, assert_close, quick_outputs
+from battery.calls import DRAWING, assert_close, quick_outputs
 from battery.cases import BATCH, DIMS, LENGTH, Case, Inputs, documents, draw
 from battery.network import forward, network_of, parameters_of, tokens_of
 from battery.refusal import causal_only
@@ -46,7 +46,7 @@ def extend(case: Case, inputs: Inputs, pieces: tuple[int, ...]) -> np.ndarray:
     return np.concatenate(outs, 1)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def step(case: Case, new: Inputs, keys: Keys, state):
     """One call that continues from ``state``."""
     params, place = new.params

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from battery.calls import QUICK, assert_close, attend
+from battery.calls import assert_close, attend
 from battery.cases import DIMS, Case, documents, draw
 
 
@@ -14,7 +14,7 @@ def check_covered(case: Case) -> None:
     zero = jax.tree.map(np.zeros_like, drawn.params)
     inputs = documents(drawn._replace(params=zero, q=0 * drawn.q), (13, 19), (20, 10))
     inputs = inputs._replace(pos=inputs.pos + np.array([[3], [0]], np.int32))
-    call = jax.jit(lambda z: attend(case, z)[::2], compiler_options=QUICK)
+    call = jax.jit(lambda z: attend(case, z)[::2])
     out, aux = call(inputs)
     seen = (inputs.seg[:, :, None] == inputs.seg[:, None]) & (inputs.seg >= 0)[:, None]
     if case.causal:

@@ -9,7 +9,7 @@ from attnlab.config import base, mechanisms_of, normaliser_of, position_of
 from attnlab.core import Position, mechanisms, normalisers, positions
 from attnlab.errors import UserError
 from attnlab.overrides import override
-from battery.calls import QUICK, assert_close
+from battery.calls import assert_close
 from battery.cases import Case, key_of
 from battery.network import forward, network_of, parameters_of, tokens_of
 
@@ -36,7 +36,7 @@ def check_learning(case: Case) -> None:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value, gradient
 
-    step = jax.jit(step, compiler_options=QUICK)
+    step = jax.jit(step)
     params = parameters_of(network)
     state, losses = optimizer.init(params), []
     for _ in range(3):

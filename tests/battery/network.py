@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from attnlab.model import Architecture, Transformer
-from battery.calls import QUICK
 from battery.cases import BATCH, LENGTH, Case, shaken, units_of
 
 VOCABULARY = 17
@@ -38,11 +37,11 @@ def tokens_of(batch: int = BATCH, length: int = LENGTH):
 @lru_cache(maxsize=4)
 def parameters_of(network: Transformer):
     """The model's variables, a little off their initial values."""
-    start = jax.jit(network.init, compiler_options=QUICK)(jax.random.key(2), *tokens_of(1, 4))
+    start = jax.jit(network.init)(jax.random.key(2), *tokens_of(1, 4))
     return shaken(start)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def forward(network: Transformer, params, tokens, pos, seg, memory=None):
     """``(logits, Extras)``; draws, where a mechanism draws, are always the same."""
     draws = {"attention": jax.random.key(6)}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from battery.calls import QUICK, assert_close, attend, outputs
+from battery.calls import assert_close, attend, outputs
 from battery.cases import DIMS, Case, Inputs, draw, key_of
 
 ABLATED = 1
@@ -55,5 +55,5 @@ def _check_rewriting(case: Case, place: str) -> None:
 
 def tapped(case: Case, inputs: Inputs, form: str, *taps: tuple) -> jax.Array:
     """``out`` with functions in place; see `Rule.tap`."""
-    call = jax.jit(lambda z: attend(case, z, form, taps).out, compiler_options=QUICK)
+    call = jax.jit(lambda z: attend(case, z, form, taps).out)
     return call(inputs)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from battery.calls import QUICK, assert_close, attend, cotangent_of, evaluate, outputs_and_gradients
+from battery.calls import assert_close, attend, cotangent_of, evaluate, outputs_and_gradients
 from battery.cases import Case, Inputs, draw
 
 ROWS = 4
@@ -51,7 +51,7 @@ def check_transforms(case: Case) -> None:
         pairs = jax.tree.map(lambda z: z.reshape(-1, 2, *z.shape[1:]), (tokens, cotangent))
         return jax.lax.scan(lambda _, xs: (None, jax.vmap(single)(*xs)), None, pairs)[1]
 
-    compiled = jax.jit(composed, compiler_options=QUICK)
+    compiled = jax.jit(composed)
     got = compiled(tuple(inputs[1:]), cotangent)
     rows = jax.tree.map(lambda z: z.reshape(ROWS, *z.shape[2:]), got)
     _assert_rows_agree(rows, outputs_and_gradients(case, inputs, own_loss=False))
