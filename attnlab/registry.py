@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -48,12 +48,7 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """Sorted file names that hold an `@register`; nothing is imported but the package."""
-        return self._names
-
-    @cached_property
-    def _names(self) -> tuple[str, ...]:
-        paths = importlib.import_module(self.package).__path__
-        return tuple(sorted(m.name for m in pkgutil.iter_modules(paths) if _offers(m)))
+        return _offered(tuple(importlib.import_module(self.package).__path__))
 
     def get(self, name: str) -> Any:
         """What the file of that name registered; the file is imported at the first call.
@@ -78,6 +73,11 @@ class Registry(Generic[T]):
                 f"derive it from {self.base.__module__}.{self.base.__qualname__}"
             )
         return thing
+
+
+@cache
+def _offered(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(paths) if _offers(m)))
 
 
 def _offers(module: pkgutil.ModuleInfo) -> bool:
