@@ -97,7 +97,8 @@ class Linformer(Mechanism):
         inside = (keys.seg >= 0) & (keys.pos >= 0) & (keys.pos < self.max_length)
         rows = jnp.where(inside, keys.pos, 0)
         mix_k, mix_v = (
-            jnp.where(inside[..., None], params[name][rows], 0) for name in ("keys", "values")
+            jnp.where(inside[..., None], jnp.asarray(params[name])[rows], 0)
+            for name in ("keys", "values")
         )
         return q * scale, k, keys.cleared().v.astype(jnp.float32), mix_k, mix_v
 

@@ -11,7 +11,6 @@ does not depend on what else the machine does, as the time on the wall would.
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -20,13 +19,13 @@ from pathlib import Path
 import jax
 
 from attnlab.core import Keys, Queries, Rule, mechanisms
+from attnlab.progress import peak_memory
 
 RESULTS = Path(__file__).with_name("results.json")
 EXPECTED = Path(__file__).with_name("expected.json")
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 LONGEST = {"softmax, literal": 4096}
 HEADS, SIZE = 4, 64
-UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def measure(name: str, length: int) -> dict[str, float]:
@@ -47,8 +46,7 @@ def measure(name: str, length: int) -> dict[str, float]:
         start = time.process_time()
         jax.block_until_ready(gradient(q, k, v))
         seconds.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
-    return {"seconds": min(seconds), "bytes": peak}
+    return {"seconds": min(seconds), "bytes": peak_memory()}
 
 
 def measure_apart(name: str, length: int) -> dict[str, float]:

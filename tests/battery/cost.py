@@ -41,9 +41,10 @@ def check_measured_memory(case: Case, lengths: tuple[int, ...] = (4096, 8192, 16
 
 
 CHILD = """
-import resource, sys
+import sys
 import jax, jax.numpy as jnp
 from attnlab.core import Dims, Keys, Queries, Rule, mechanisms, positions
+from attnlab.progress import peak_memory
 mechanism, place, causal, N = eval(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
 position = positions.get(place)()
 dims = Dims(64, 2, 2, 32, 32)
@@ -58,7 +59,7 @@ def loss(q, k, v, x):
 tokens = [jnp.ones((1, N, 2, 32)) for _ in range(3)]
 step = jax.jit(jax.grad(loss, (0, 1, 2)))
 jax.block_until_ready(step(*tokens, jnp.ones((1, N, 64))))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory())
 """
 
 
@@ -76,7 +77,8 @@ def peak_memory(case: Case, length: int) -> int:
     """Bytes of the largest resident set of a fresh process that takes one gradient."""
     arguments = expression(case.mechanism), case.place, str(case.causal), str(length)
     root = os.path.dirname(os.path.dirname(attnlab.__file__))
-    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    # Compiled as users compile it, which decides what is ever in memory.
+    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     run = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments],
         env=environment,
@@ -84,5 +86,4 @@ def peak_memory(case: Case, length: int) -> int:
         text=True,
         check=True,
     )
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(run.stdout) * unit
+    return int(run.stdout)
