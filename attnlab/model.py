@@ -247,8 +247,18 @@ class Transformer(nn.Module):
         if not a.tied:
             self.head = _dense(self.vocab_size, 1.0, a.dtype, "head")
 
+    def hidden(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
+        """What the logits are made of, [B N width], and `Extras`."""
+        return self.backbone(tokens, pos, seg, memory, train=train, taps=taps)
+
+    def table(self, params) -> Array:
+        """The output projection [vocab_size width] among ``params``."""
+        if self.architecture.tied:
+            return params["backbone"]["embedding"]["embedding"]
+        return params["head"]["kernel"].T
+
     def __call__(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
-        x, extras = self.backbone(tokens, pos, seg, memory, train=train, taps=taps)
+        x, extras = self.hidden(tokens, pos, seg, memory, train=train, taps=taps)
         logits = self.backbone.embedding.attend(x) if self.architecture.tied else self.head(x)
         return logits.astype(jnp.float32), extras
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from attnlab.carry import hand_on, nothing_read, resume
 from attnlab.core import Array
+from attnlab.cross_entropy import cross_entropy
 from attnlab.leaves import all_finite
 from attnlab.model import Extras, Transformer
 from attnlab.statistics import advance, merge, split
@@ -64,11 +65,10 @@ def token_losses(
     model: Transformer, params: Any, batch: dict[str, Array], memory: Any = None, **options: Any
 ) -> Losses:
     """What a batch loses under ``params``, continuing ``memory``; ``options`` of the model."""
-    out: Any = model.apply(
-        {"params": params}, batch["tokens"], batch["pos"], batch["seg"], memory, **options
-    )
-    logits, extras = out
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["targets"], 0))
+    tokens = (batch[name] for name in ("tokens", "pos", "seg"))
+    out: Any = model.apply({"params": params}, *tokens, memory, method=model.hidden, **options)
+    x, extras = out
+    nll = cross_entropy(x, model.table(params), jnp.maximum(batch["targets"], 0))
     balance = sum((aux["loss"] for aux in extras.aux if aux and "loss" in aux), jnp.zeros(()))
     return Losses(jnp.where(batch["seg"] >= 0, nll, 0.0), balance, extras)
 
