@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnlab.products import scores
 from attnlab.registry import Registry
 
 MASK = -1e30
@@ -339,13 +340,7 @@ class Rule:
         B, H, N, D = q.shape
         G, M = k.shape[1:3]
         scale = D**-0.5 if self.scale is None else self.scale
-        z = jnp.einsum(
-            "bgnd,bgmd->bgnm",
-            q.reshape(B, G, H // G * N, D),
-            k,
-            preferred_element_type=jnp.float32,
-        ).reshape(B, H, N, M)
-        z *= scale
+        z = scores(q.reshape(B, G, H // G * N, D), k).reshape(B, H, N, M) * scale
         return jnp.tanh(z / self.soft_cap) * self.soft_cap if self.soft_cap else z
 
     def biased(self, q: Array, k: Array, q_pos: Array, k_pos: Array) -> Array:

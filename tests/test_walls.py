@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "attnlab"
 LAZY = ("tensorflow_datasets", "grain", "orbax", "matplotlib", "tensorboardX", "tokenizers")
-FOUNDATION = ("core", "registry", "errors", "refusals")
+FOUNDATION = ("core", "registry", "errors", "products", "refusals")
 
 
 @cache
@@ -52,8 +52,8 @@ def check(room: str, allowed: tuple[str, ...]) -> None:
             assert not strange, f"{name} imports {strange}"
 
 
-def test_core_knows_only_the_registry():
-    check("core", ("registry",))
+def test_core_knows_only_the_registry_and_products():
+    check("core", ("registry", "products"))
 
 
 def test_engines_know_no_mechanism():

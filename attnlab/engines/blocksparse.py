@@ -9,7 +9,6 @@ pass), with one loop over the tiles of queries: dq stays with its tile, dk and d
 blocks that the list names. Source: Child et al., arXiv 1904.10509; Dao et al., 2205.14135.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines import report_use
+from attnlab.products import collected, mixed, scores
 
 NONE = np.iinfo(np.int32).max
 
@@ -170,9 +170,6 @@ def _biased(rule: Rule, q: Array, k: Array, q_pos: Array, k_pos: Array) -> Array
     return z + jnp.stack(bias, 1)
 
 
-_dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-
 @jax.custom_vjp
 def _visit(rule: Rule, q: Array, k: Array, v: Array, asking, answering):
     """Tiles first: q [n B H T D], ``asking`` = pos, seg [n B H T] and lists [n B H L]."""
@@ -188,7 +185,7 @@ def _visit(rule: Rule, q: Array, k: Array, v: Array, asking, answering):
             new_top = jnp.maximum(top, jnp.max(z, -1))
             shrink = jnp.exp(top - new_top)
             weight = jnp.where(seen, jnp.exp(z - new_top[..., None]), 0.0)
-            out = out * shrink[..., None] + _dot("bhnm,bhme->bhne", weight.astype(v.dtype), v_t)
+            out = out * shrink[..., None] + mixed(weight.astype(v.dtype), v_t)
             return new_top, total * shrink + jnp.sum(weight, -1), out
 
         start = (jnp.full(pos.shape, MASK), jnp.zeros(pos.shape), jnp.zeros((*pos.shape, E)))
@@ -225,9 +222,9 @@ def _backward(residuals, cotangents):
             z, pull = jax.vjp(lambda rule, q, k: _biased(rule, q, k, pos, k_pos), rule, q, k_t)
             seen = _seen(rule, pos, seg, k_pos, k_seg)
             p = jnp.where(seen, jnp.exp(z - lse[..., None]), 0.0)
-            dp = _dot("bhne,bhme->bhnm", d_out, v_t)
+            dp = scores(d_out, v_t)
             add_rule, add_q, add_k = pull(p * (dp - delta[..., None]))
-            dv = dv.at[at].add(_dot("bhnm,bhne->bhme", p.astype(v.dtype), d_out))
+            dv = dv.at[at].add(collected(p.astype(v.dtype), d_out))
             dk = dk.at[at].add(add_k.astype(jnp.float32))
             return jax.tree.map(jnp.add, d_rule, add_rule), dk, dv, dq + add_q
 

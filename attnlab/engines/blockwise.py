@@ -13,15 +13,19 @@ Source: Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, 2112.05682; Dao e
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines import dense, report_use, rowwise
+from attnlab.products import collected, mixed, scores
+
+BEFORE = np.int32(-1)
+"""The tile before the first."""
 
 LOGITS_IN_FLIGHT = 2**20
 """Most logits alive at once (B H tile² f32: 4 MiB), about what the cache of a CPU core holds."""
@@ -92,9 +96,12 @@ class Tokens(NamedTuple):
         """One tile."""
         return jax.tree.map(lambda z: lax.dynamic_index_in_dim(z, i, 0, keepdims=False), self)
 
-    def weighed(self, z: Array) -> Array:
-        """Logits [B H n m] of the queries of a tile with these keys."""
-        return z if self.log_count is None else z + self.log_count[:, None, None]
+    def added(self, rule: Rule, q_pos: Array, q_seg: Array) -> Array:
+        """What is added to the logits of the queries of a tile with these keys: f32 [B 1 n m],
+        `MASK` where a key is not seen. Computed once for all heads."""
+        seen = rule.visible(q_pos, q_seg, self.pos, self.seg)
+        counts = 0.0 if self.log_count is None else self.log_count[:, None]
+        return lax.optimization_barrier(jnp.where(seen, counts, MASK))[:, None]
 
 
 class Spans(NamedTuple):
@@ -144,10 +151,10 @@ def _head_tiles(z: Array, tile: int) -> Array:
     return jnp.swapaxes(_tiles(z, tile, 0), 2, 3)
 
 
-def _visits(near: Array) -> tuple[Array, Array]:
-    """The tiles to visit, first in the list, and their number, from one row of `reach`; a row at a
-    time, because a table of all pairs of tiles is quadratic in the length."""
-    return jnp.argsort(~near, stable=True), jnp.sum(near)
+def _next(near: Array, i: Array) -> Array:
+    """The first tile to visit after tile ``i``, from one row of `reach`; a row at a time, because a
+    table of all pairs of tiles is quadratic in the length."""
+    return jnp.argmax(near & (jnp.arange(near.shape[0]) > i))
 
 
 def _one(span: Spans) -> Spans:
@@ -171,29 +178,25 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, asking: Tokens, answering:
 
     def query_tile(_, xs):
         q, q_pos, q_seg, span = xs
-        order, count = _visits(reach(rule, _one(span), key_spans)[0])
+        near = reach(rule, _one(span), key_spans)[0]
 
-        def step(t, carry):
-            top, total, out = carry
-            k_t, v_t = _at(order[t], k, v)
-            keys = answering.at(order[t])
-            seen = rule.visible(q_pos, q_seg, keys.pos, keys.seg)[:, None]
-            z = jnp.where(seen, keys.weighed(rule.biased(q, k_t, q_pos, keys.pos)), MASK)
+        def step(_, carry):
+            i, top, total, out = carry
+            i = _next(near, i)
+            k_t, v_t = _at(i, k, v)
+            keys = answering.at(i)
+            z = rule.biased(q, k_t, q_pos, keys.pos) + keys.added(rule, q_pos, q_seg)
             new_top = jnp.maximum(top, jnp.max(z, -1))
             shrink = jnp.exp(top - new_top)
-            weight = jnp.where(seen, jnp.exp(z - new_top[..., None]), 0.0)
-            part = jnp.einsum(
-                "bgnm,bgme->bgne",
-                _grouped(weight, G).astype(v.dtype),
-                v_t,
-                preferred_element_type=jnp.float32,
-            )
+            weight = jnp.exp(z - new_top[..., None])
+            part = mixed(_grouped(weight, G).astype(v.dtype), v_t)
             out = out * shrink[..., None] + part.reshape(out.shape)
-            return new_top, total * shrink + jnp.sum(weight, -1), out
+            return i, new_top, total * shrink + jnp.sum(weight, -1), out
 
+        # Above what is masked, so that rows which see nothing yet weigh it with exp(-large) = 0.
         rows = q.shape[:3]
-        start = (jnp.full(rows, MASK), jnp.zeros(rows), jnp.zeros((*rows, E)))
-        top, total, out = lax.fori_loop(0, count, step, start)
+        start = (BEFORE, jnp.full(rows, MASK / 2), jnp.zeros(rows), jnp.zeros((*rows, E)))
+        _, top, total, out = lax.fori_loop(0, jnp.sum(near), step, start)
         safe = jnp.where(total > 0, total, 1.0)
         return None, (out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), MASK))
 
@@ -211,31 +214,30 @@ def _backward(residuals, cotangents):
     d_out, d_lse = cotangents
     delta = jnp.sum(d_out * out, -1) - d_lse
     d_out = d_out.astype(v.dtype)
+    lse = jnp.where(lse > MASK, lse, 0.0)  # of rows that see nothing: what is masked stays at 0
     G = v.shape[2]
 
     def key_tile(carry, xs):
         k, v, keys, span = xs
-        order, count = _visits(reach(rule, query_spans, _one(span))[:, 0])
+        near = reach(rule, query_spans, _one(span))[:, 0]
 
-        def step(t, carry):
-            dq, d_rule, dk, dv = carry
-            i = order[t]
+        def step(_, carry):
+            i, dq, d_rule, dk, dv = carry
+            i = _next(near, i)
             q_i, lse_i, delta_i, do_i = _at(i, q, lse, delta, d_out)
             q_pos, q_seg, _ = asking.at(i)
             z, pull = jax.vjp(lambda rule, q, k: rule.biased(q, k, q_pos, keys.pos), rule, q_i, k)
-            seen = rule.visible(q_pos, q_seg, keys.pos, keys.seg)[:, None]
-            p = jnp.where(seen, jnp.exp(keys.weighed(z) - lse_i[..., None]), 0.0)
+            p = jnp.exp(z + keys.added(rule, q_pos, q_seg) - lse_i[..., None])
             do_g = _grouped(do_i, G)
-            dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
-            dv += dot("bgnm,bgne->bgme", _grouped(p, G).astype(v.dtype), do_g)
-            dp = dot("bgne,bgme->bgnm", do_g, v).reshape(p.shape)
+            dv += collected(_grouped(p, G).astype(v.dtype), do_g)
+            dp = scores(do_g, v).reshape(p.shape)
             add_rule, add_q, add_k = pull(p * (dp - delta_i[..., None]))
             dq_i = lax.dynamic_index_in_dim(dq, i, 0, keepdims=False) + add_q
             dq = lax.dynamic_update_index_in_dim(dq, dq_i, i, 0)
-            return dq, jax.tree.map(jnp.add, d_rule, add_rule), dk + add_k, dv
+            return i, dq, jax.tree.map(jnp.add, d_rule, add_rule), dk + add_k, dv
 
-        start = (*carry, jnp.zeros(k.shape), jnp.zeros(v.shape))
-        dq, d_rule, dk, dv = lax.fori_loop(0, count, step, start)
+        start = (BEFORE, *carry, jnp.zeros(k.shape), jnp.zeros(v.shape))
+        _, dq, d_rule, dk, dv = lax.fori_loop(0, jnp.sum(near), step, start)
         return (dq, d_rule), (dk.astype(k.dtype), dv.astype(v.dtype))
 
     query_spans = spans(asking)

@@ -13,7 +13,7 @@ A token meets itself only where it meets nothing else: with one vector for query
 logit is always the largest. Source: Kitaev et al., arXiv 2001.04451.
 """
 
-from functools import partial, reduce
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines import report_use
+from attnlab.products import collected, mixed, scores
 
 
 class Plan(NamedTuple):
@@ -187,7 +188,6 @@ def _unite(
     reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan: Plan
 ) -> tuple[Array, Array]:
     """Heads first [B H N X] in and out, ``out`` f32; see `attend`."""
-    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add_round(carry, plan_r):
         top, total, out = carry
@@ -195,7 +195,7 @@ def _unite(
         z = jnp.where(t.seen, local_logits(rule, t.q, t.k, t.q_pos, t.k_pos) - t.often, MASK)
         peak = jnp.max(z, -1, keepdims=True)
         weight = jnp.where(t.seen, jnp.exp(z - peak), 0.0)
-        part = dot("hbnm,hbme->hbne", weight.astype(v.dtype), t.v)
+        part = mixed(weight.astype(v.dtype), t.v)
         sums = jnp.concatenate([peak, jnp.sum(weight, -1, keepdims=True), part], -1)
         B, H, T, C = plan_r.token.shape
         sums = sums.reshape(H, B, T, C, -1).swapaxes(0, 1)
@@ -227,7 +227,6 @@ def _backward(reach, residuals, cotangents):
     d_out = jnp.where(real, d_out, 0.0)
     delta = jnp.where(real[..., 0], jnp.sum(d_out * out, -1) - d_lse, 0.0)
     of_rows = jnp.stack([lse, delta], -1)
-    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add_round(carry, plan_r):
         B, H, T, _ = plan_r.token.shape
@@ -238,8 +237,8 @@ def _backward(reach, residuals, cotangents):
         rows = _heads_first(_placed(of_rows, plan_r.token))
         do = _heads_first(_placed(d_out.astype(v.dtype), plan_r.token))
         p = jnp.where(t.seen, jnp.exp(z - t.often - rows[..., :1]), 0.0)
-        dv = dot("hbnm,hbne->hbme", p.astype(v.dtype), do)
-        dz = p * (dot("hbne,hbme->hbnm", do, t.v) - rows[..., 1:])
+        dv = collected(p.astype(v.dtype), do)
+        dz = p * (scores(do, t.v) - rows[..., 1:])
         d_rule, dq, dk = pull(dz)
 
         def back(z: Array, fold: bool) -> Array:

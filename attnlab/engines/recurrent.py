@@ -16,6 +16,8 @@ Source: Katharopoulos et al., arXiv 2006.16236; chunks: Hua et al., 2202.10447; 
 axis: Yang et al., 2312.06635.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from jax import lax
 
 from attnlab.core import Array, count_pairs
 from attnlab.engines import report_use
+from attnlab.products import mixed, scores
 
 
 class State(NamedTuple):
@@ -48,19 +51,22 @@ def attend(
     key_decay: Array | None = None,
     value_decay: Array | None = None,
     chunk: int = 64,
+    mean: bool = False,
 ) -> tuple[Array, State]:
     """Every token reads all tokens of its document so far, itself included.
 
     ``q`` [B N H D], ``k`` [B N G D], ``v`` [B N G E], ``seg`` [B N]; ``key_decay`` [B N G D or 1]
     and ``value_decay`` [B N G E or 1] are log decays <= 0, or None for no decay; ``chunk`` tokens
     at a time, rounded up to a power of two. Returns ``out`` [B N H E] f32, 0 in empty slots, and
-    the `State` after the last token. Cost: O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
+    the `State` after the last token. With ``mean`` the result is divided by the sum of the weights
+    Σ q·k, 0 where that is not positive; the memory then has E + 1 columns, the last of them for
+    that sum. Cost: O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
     """
     report_use("recurrent", "XLA")
     B, N, H, D = q.shape
     G, E = v.shape[2:]
     if not state:
-        state = initial_state(B, G, D, E)
+        state = initial_state(B, G, D, E + mean)
     size = 1 << (min(chunk, N) - 1).bit_length()
 
     def tiles(z: Array, fill: int = 0) -> Array:
@@ -69,7 +75,8 @@ def attend(
 
     tokens = (q.reshape(B, N, G, H // G, D), k, v, key_decay, value_decay)
     tokens = (tiles(seg, -1), *jax.tree.map(tiles, tokens))
-    state, out = lax.scan(jax.checkpoint(_chunk, prevent_cse=False), state, tokens)
+    step = jax.checkpoint(partial(_chunk, mean), prevent_cse=False)
+    state, out = lax.scan(step, state, tokens)
     return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, -1, H, E)[:, :N], state
 
 
@@ -86,6 +93,18 @@ def attend_both_ways(q: Array, k: Array, v: Array, seg: Array, chunk: int = 64) 
     q = q.astype(jnp.float32).reshape(B, N, -1, H // k.shape[2], D)
     own = jnp.einsum("bngrd,bngd,bnge->bngre", q, k, v).reshape(before.shape)
     return before + flip(after) - jnp.where((seg >= 0)[..., None, None], own, 0)
+
+
+def with_one(v: Array) -> Array:
+    """[v, 1] in f32: the sum of weights is summed along with the values."""
+    v = v.astype(jnp.float32)
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+
+
+def quotient(sums: Array) -> Array:
+    """Sums of weighted [v, 1] to weighted means: [... E + 1] -> [... E], 0 without any weight."""
+    total = sums[..., -1:]
+    return jnp.where(total > 0, sums[..., :-1], 0) / jnp.where(total > 0, total, 1.0)
 
 
 def count_flops(
@@ -129,47 +148,76 @@ def sums_between(decay: Array) -> Array:
     return jnp.cumsum(decay * later, -2)
 
 
-def _chunk(state: State, tokens: tuple) -> tuple[State, Array]:
+def _chunk(mean: bool, state: State, tokens: tuple) -> tuple[State, Array]:
     """One step of the scan: ``seg`` [B C], ``q`` [B C G R D], ``k`` [B C G D], ..."""
     seg, *arrays = tokens
 
-    def heads_first(z: Array | None) -> Array:
-        """f32 [B G ... C X], 0 in empty slots; one decay of 0 where there is none."""
-        z = jnp.zeros((*arrays[1].shape[:3], 1)) if z is None else z.astype(jnp.float32)
+    def heads_first(z: Array | None) -> Array | None:
+        """f32 [B G ... C X], 0 in empty slots."""
+        if z is None:
+            return None
+        z = z.astype(jnp.float32)
         full = (seg >= 0).reshape(*seg.shape, *[1] * (z.ndim - 2))
         return jnp.moveaxis(jnp.where(full, z, 0), 1, -2)
 
     q, k, v, a, b = (heads_first(z) for z in arrays)
-    scalar = a.shape[-1] == b.shape[-1] == 1
-    within = _within_by_table if scalar else _within_by_halves
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    v = with_one(v) if mean else v
+    along_axis = any(z is not None and z.shape[-1] > 1 for z in (a, b))
+    within = _within_by_halves if along_axis else _within_by_table
     out = within(q, k, v, seg, a, b)
 
     old = (seg == state.seg[:, None]) & (seg >= 0)
-    asking = q * jnp.exp(sums_since(a))[:, :, None]
-    read = jnp.einsum("bgrid,bgde->bgrie", asking, state.memory)
-    read *= jnp.exp(sums_since(b))[:, :, None]
-    out += jnp.where(old[:, None, None, :, None], read, 0)
+    asking = jnp.where(old[:, None, None, :, None], _faded(q, a, sums_since, 1), 0)
+    out += _faded(_rows(mixed, asking, state.memory), b, sums_since, 1)
 
     latest, _ = latest_document(seg, state.seg)
     kept = ((seg == latest[:, None]) & (seg >= 0))[:, None, :, None]
-    k = jnp.where(kept, k * jnp.exp(sums_until(a)), 0)
-    new = jnp.einsum("bgjd,bgje->bgde", k, v * jnp.exp(sums_until(b)))
-    a, b = jnp.exp(jnp.sum(a, 2))[..., :, None], jnp.exp(jnp.sum(b, 2))[..., None, :]
+    k = jnp.where(kept, _faded(k, a, sums_until), 0)
+    new = jnp.einsum("bgjd,bgje->bgde", k, _faded(v, b, sums_until))
+    memory = state.memory
+    memory = memory if a is None else jnp.exp(jnp.sum(a, 2))[..., :, None] * memory
+    memory = memory if b is None else memory * jnp.exp(jnp.sum(b, 2))[..., None, :]
     same = (latest == state.seg)[:, None, None, None]
-    return State(jnp.where(same, a * state.memory * b, 0) + new, latest), out
+    out = quotient(out) if mean else out
+    return State(jnp.where(same, memory, 0) + new, latest), out
 
 
-def _within_by_table(q: Array, k: Array, v: Array, seg: Array, a: Array, b: Array) -> Array:
+def _faded(z: Array, decay: Array | None, sums: Callable, heads: int = 0) -> Array:
+    """``z`` [B G ... C X] times e^sums(decay), with ``heads`` axes between G and C."""
+    if decay is None:
+        return z
+    axes = tuple(range(2, 2 + heads))
+    return z * jnp.expand_dims(jnp.exp(sums(decay)), axes)
+
+
+def _rows(product: Callable, q: Array, other: Array) -> Array:
+    """A product of [B G R C X] with [B G Y Z]: the R heads of a kv head become rows of one."""
+    B, G, R, C, X = q.shape
+    return product(q.reshape(B, G, R * C, X), other).reshape(B, G, R, C, -1)
+
+
+def _within_by_table(
+    q: Array, k: Array, v: Array, seg: Array, a: Array | None, b: Array | None
+) -> Array:
     """What the tokens of a chunk read from each other, for one decay a head."""
     C = seg.shape[1]
     seen = (seg[:, :, None] == seg[:, None, :]) & jnp.tri(C, dtype=bool)
-    pairs = jnp.einsum("bgrid,bgjd->bgrij", q, k)
-    pairs = jnp.where(seen[:, None, None], pairs, 0) * jnp.exp(sums_between(a + b))[:, :, None]
-    return jnp.einsum("bgrij,bgje->bgrie", pairs, v)
+    pairs = jnp.where(seen[:, None, None], _rows(scores, q, k), 0)
+    decays = [z for z in (a, b) if z is not None]
+    if decays:
+        pairs *= jnp.exp(sums_between(sum(decays[1:], decays[0])))[:, :, None]
+    return _rows(mixed, pairs, v)
 
 
-def _within_by_halves(q: Array, k: Array, v: Array, seg: Array, a: Array, b: Array) -> Array:
+def _within_by_halves(
+    q: Array, k: Array, v: Array, seg: Array, a: Array | None, b: Array | None
+) -> Array:
     """The same for decays along an axis: blocks of h tokens meet in pairs, h = 1, 2, 4, ..."""
+    none = jnp.zeros((*k.shape[:3], 1))
+    a, b = (none if z is None else z for z in (a, b))
 
     def halves(z: Array, axis: int = -2) -> tuple[Array, Array]:
         """The earlier and the later block of each pair, of the axis [C] or [blocks h]."""

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
 from attnlab.engines import recurrent, running
+from attnlab.engines.recurrent import quotient, with_one
 from attnlab.errors import UserError
-from attnlab.mechanisms.linear import quotient, rotated, with_one
+from attnlab.mechanisms.linear import rotated
 from attnlab.refusals import refuse_bias, refuse_every_normaliser, refuse_taps
 from attnlab.registry import register
 
@@ -60,18 +61,19 @@ class Favor(Mechanism):
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         log_q, log_k = self._log_features(params, queries, keys, rule)
         memory, top = state or ((), ())
-        v, repeats = with_one(keys.cleared().v), log_q.shape[2] // log_k.shape[2]
+        v, repeats = keys.cleared().v, log_q.shape[2] // log_k.shape[2]
         if rule.causal:
             weight, decay, tops, top = running.rescale(log_k, keys.seg, top)
             q = sharpest(log_q + jnp.repeat(tops, repeats, 2))
-            sums, memory = recurrent.attend(
-                q, weight, v, keys.seg, memory, key_decay=decay, chunk=self.chunk
+            out, memory = recurrent.attend(
+                q, weight, v, keys.seg, memory, key_decay=decay, chunk=self.chunk, mean=True
             )
         else:
             weight, tops = running.rescale_both_ways(log_k, keys.seg)
             q = sharpest(log_q + jnp.repeat(tops, repeats, 2))
-            sums = recurrent.attend_both_ways(q, weight, v, keys.seg, self.chunk)
-        out = rule.tap("heads", quotient(sums).astype(queries.q.dtype))
+            sums = recurrent.attend_both_ways(q, weight, with_one(v), keys.seg, self.chunk)
+            out = quotient(sums)
+        out = rule.tap("heads", out.astype(queries.q.dtype))
         aux = {"statistics": self._next_statistics(params["statistics"], key)}
         return Result(out, (memory, top) if state else state, aux)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
 from attnlab.engines import recurrent
+from attnlab.engines.recurrent import quotient, with_one
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_bias, refuse_every_normaliser, refuse_taps
 from attnlab.registry import register
@@ -40,13 +41,13 @@ class Linear(Mechanism):
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         q, k = self._features(queries, keys, rule)
-        v = with_one(keys.cleared().v)
+        v, after = keys.cleared().v, state
         if rule.causal:
-            out, after = recurrent.attend(q, k, v, keys.seg, state, chunk=self.chunk)
+            out, after = recurrent.attend(q, k, v, keys.seg, state, chunk=self.chunk, mean=True)
         else:
-            out, after = recurrent.attend_both_ways(q, k, v, keys.seg, self.chunk), state
-        out = quotient(out).astype(queries.q.dtype)
-        return Result(rule.tap("heads", out), after if state else state)
+            out = quotient(recurrent.attend_both_ways(q, k, with_one(v), keys.seg, self.chunk))
+        out = rule.tap("heads", out.astype(queries.q.dtype))
+        return Result(out, after if state else state)
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         q, k = self._features(queries, keys, rule)
@@ -78,15 +79,3 @@ def rotated(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
     """Queries [B N H D] and keys [B M G D] in f32, turned by their position."""
     q, k = queries.cleared().q.astype(jnp.float32), keys.cleared().k.astype(jnp.float32)
     return rule.rotate(q, queries.pos, "query"), rule.rotate(k, keys.pos, "key")
-
-
-def with_one(v: Array) -> Array:
-    """[v, 1] in f32: the sum of weights is summed along with the values."""
-    v = v.astype(jnp.float32)
-    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-
-
-def quotient(sums: Array) -> Array:
-    """Sums of weighted [v, 1] to weighted means: [... E + 1] -> [... E], 0 without any weight."""
-    total = sums[..., -1:]
-    return jnp.where(total > 0, sums[..., :-1], 0) / jnp.where(total > 0, total, 1)

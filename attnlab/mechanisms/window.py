@@ -61,7 +61,7 @@ class Window(Mechanism):
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         keys, state = self._remember(keys, state)
-        tile = max(64, 1 << (self.window // 2).bit_length())
+        tile = max(64, 1 << (self.window // 4).bit_length())
         rule = rule.restrict(Near(self.window, self.sinks))
         out, lse = blockwise.attend(queries, keys, rule, tile)
         return Result(out, state, {"lse": lse})

@@ -1,0 +1,55 @@
+"""The three matrix products of attention, each and each gradient in the order that is fast.
+
+XLA on CPU multiplies pᵀ x, with p [n m] wide and x [n E] narrow, at a third to a half of the rate
+of (xᵀ p)ᵀ: in tiles of 512 with E = 64 at 34 against 100 GFLOP/s, in tiles of 256 at 52 against 87.
+Two of the five products of a backward pass are such.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+LARGE = 256
+"""Rows from which on that outweighs the copy it takes."""
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def scores(q: Array, k: Array) -> Array:
+    """q kᵀ: [... n D], [... m D] -> f32 [... n m]."""
+    return _product("...nd,...md->...nm", q, k)
+
+
+@jax.custom_vjp
+def mixed(p: Array, v: Array) -> Array:
+    """p v: [... n m], [... m E] -> f32 [... n E]."""
+    return _product("...nm,...me->...ne", p, v)
+
+
+def collected(p: Array, x: Array) -> Array:
+    """pᵀ x: [... n m], [... n E] -> f32 [... m E]."""
+    if p.shape[-2] < LARGE:
+        return _product("...nm,...ne->...me", p, x)
+    turned = _product("...ne,...nm->...em", x, p)
+    # Without the barrier XLA would take the two transpositions for none.
+    return lax.optimization_barrier(turned).swapaxes(-1, -2)
+
+
+def _scores_backward(kept: tuple[Array, Array], dz: Array) -> tuple[Array, Array]:
+    q, k = kept
+    dz = dz.astype(k.dtype)
+    return mixed(dz, k).astype(q.dtype), collected(dz, q).astype(k.dtype)
+
+
+def _mixed_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    p, v = kept
+    d_out = d_out.astype(v.dtype)
+    return scores(d_out, v).astype(p.dtype), collected(p, d_out).astype(v.dtype)
+
+
+scores.defvjp(lambda q, k: (scores(q, k), (q, k)), _scores_backward)
+mixed.defvjp(lambda p, v: (mixed(p, v), (p, v)), _mixed_backward)
