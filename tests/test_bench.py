@@ -146,7 +146,7 @@ def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path, capsys):
         ["--repeats=0"],
         ["--threads=9999"],
         ["--positions=rop"],
-        ["--peers", "--mode=train"],
+        ["--peers", "--mode=decode"],
         ["--config.model.heads=3"],
         ["--config.attention.windw.window=3"],
     ],

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from attnlab.bench.parent import Stopped, Worker, ratio, timing
+from attnlab.bench.peers import installed
 from attnlab.bench.worker import choose_processors
 from attnlab.config import base, put, section, to_json
 from attnlab.core import positions as registry
@@ -69,8 +70,8 @@ def bench(
         raise UserError(f"--repeats={repeats} --threads={threads}: at least 1 and 0")
     choose_processors(threads)
     sizes = parse_lengths(lengths)
-    if peers and mode not in ("fwd", "fwdbwd"):
-        raise UserError(f"--peers are measured with --mode=fwd or fwdbwd, not {mode}")
+    if peers and mode == "decode":
+        raise UserError("--peers are measured with --mode=fwd, fwdbwd or train, not decode")
     configs, _ = make_configs(config or default_config(), parse_entries(attention), overrides)
     points = [
         Point(label, each.position.name, length, each)
@@ -186,10 +187,10 @@ def _beside(
         if not peers:
             while not ours.enough(repeats):
                 ours.call()
-        for name in _peers(point) if peers else ():
+        for name in installed(point.config.attention.name, mode) if peers else ():
             first = len(ours.calls)
             try:
-                with Worker({**asked, "peer": name, "sizes": _sizes(point)}) as theirs:
+                with Worker({**asked, "peer": name}) as theirs:
                     while not theirs.enough(repeats):
                         pair = (ours, theirs) if len(theirs.calls) % 2 else (theirs, ours)
                         for worker in pair:
@@ -205,24 +206,6 @@ def _beside(
         while not ours.enough(repeats):
             ours.call()
         return [_row(ours, _name(point), empty), *rows]
-
-
-def _peers(point: Point) -> list[str]:
-    from attnlab.bench.peers import installed
-
-    return installed(point.config.attention.name)
-
-
-def _sizes(point: Point) -> dict[str, Any]:
-    model = point.config.model
-    options = {k: v for k, v in point.config.attention.items() if k != "name"}
-    return {
-        "batch": point.config.task.batch,
-        "heads": model.heads,
-        "head_dim": model.head_dim or model.width // model.heads,
-        "causal": model.causal,
-        "options": options,
-    }
 
 
 def _row(worker: Worker, name: dict[str, Any], empty: float) -> dict[str, Any]:

@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
+from attnlab.bench import twin
 from attnlab.bench.subjects import Subject
-from attnlab.errors import UserError
+from attnlab.config import architecture_of
 
 
 class Sizes(NamedTuple):
@@ -167,23 +170,31 @@ PEERS = {
 }
 
 
-def installed(mechanism: str) -> list[str]:
-    """The peers of a mechanism whose packages are here."""
+MODELS = ("torch model", "torch model, compiled")
+
+
+def installed(mechanism: str, mode: str) -> list[str]:
+    """The peers of a mechanism, or of the model around it with ``mode`` train, whose packages are
+    here."""
     found = importlib.util.find_spec
+    if mode == "train":
+        return list(MODELS) if mechanism == "softmax" and found("torch") else []
     return [n for n, p in PEERS.items() if p.mechanism == mechanism and found(p.package)]
 
 
-def build_peer(name: str, mode: str, length: int, sizes: dict[str, Any]) -> Subject:
-    """The same call by another package. Raises `UserError` for a mode of whole models."""
-    if mode not in ("fwd", "fwdbwd"):
-        raise UserError(f"--peers: {name} is measured with --mode=fwd or fwdbwd only")
-    peer, asked = PEERS[name], Sizes(length=length, **sizes)
+def build_peer(name: str, config: ConfigDict, mode: str, length: int) -> Subject:
+    """The same call by another package. Raises `UserError` for what it has not."""
+    if mode == "train":
+        return twin.build(config, length, compiled=name == MODELS[1])
+    peer, a = PEERS[name], architecture_of(config)
+    options = {k: v for k, v in config.attention.items() if k != "name"}
+    sizes = Sizes(config.task.batch, length, a.heads, a.head_dim, a.causal, options)
     make = _of_torch if peer.torch else _of_jax
     begun = time.perf_counter()
-    call = make(peer.make(asked), asked, mode == "fwdbwd")
+    call = make(peer.make(sizes), sizes, mode == "fwdbwd")
     call()
     compiling = time.perf_counter() - begun
-    return Subject(call, asked.batch * length, 0.0, 0, compiling)
+    return Subject(call, sizes.batch * length, 0.0, 0, compiling)
 
 
 def _of_torch(attend: Callable, sizes: Sizes, backward: bool) -> Callable[[], Any]:

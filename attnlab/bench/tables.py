@@ -27,18 +27,29 @@ COLUMNS = (
 
 def write(rows: Sequence[Row], folder: Path) -> str:
     """bench.md and bench.png of ``rows``; returns what a terminal shows."""
-    done = [row for row in rows if "wall" in row]
-    tables = [[list(COLUMNS), *map(cells, done)]]
-    if growing := growths(done):
-        tables.append([["entry", "position", "wall", "cpu", "memory"], *growing])
-    if beside := ratios(done):
-        tables.append([["ours / theirs", "tokens", "wall", "95 %", "cpu", "95 %"], *beside])
-    failed = [f"{row['label']}, {row['length']} tokens: {row['error']}" for row in rows
-              if "error" in row]  # fmt: skip
-    text = "\n\n".join([title(rows), *map(markdown, tables), *failed]) + "\n"
+    found, missed = tables(rows), failures(rows)
+    text = "\n\n".join([title(rows), *map(markdown, found), *missed]) + "\n"
     replace_file(folder / "bench.md", text.encode())
-    plot(done, folder / "bench.png", title(rows))
-    return "\n\n".join([title(rows), *map(aligned, tables), *failed])
+    plot([row for row in rows if "wall" in row], folder / "bench.png", title(rows))
+    return "\n\n".join([title(rows), *map(aligned, found), *missed])
+
+
+def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """What was measured, exponents, and ratios to others; each with a line of headings."""
+    done = [row for row in rows if "wall" in row]
+    found = [[list(COLUMNS), *map(cells, done)]]
+    if growing := growths(done):
+        found.append([["entry", "position", "wall", "cpu", "memory"], *growing])
+    if beside := ratios(done):
+        found.append([["ours / theirs", "tokens", "wall", "95 %", "cpu", "95 %"], *beside])
+    return found
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A line for each point that could not be measured."""
+    return [
+        f"{row['label']}, {row['length']} tokens: {row['error']}" for row in rows if "error" in row
+    ]
 
 
 def title(rows: Sequence[Row]) -> str:

@@ -60,16 +60,13 @@ def choose_processors(threads: int) -> list[int]:
 
 def prepare(asked: dict[str, Any], answers: Any) -> Callable[[], Any]:
     """Builds the subject, or the peer, says what it is, and returns its call, warm."""
-    if asked.get("peer"):
-        from attnlab.bench.peers import build_peer
+    from attnlab.bench.peers import build_peer
+    from attnlab.bench.subjects import build
+    from attnlab.config import from_json
 
-        subject = build_peer(asked["peer"], asked["mode"], asked["length"], asked["sizes"])
-    else:
-        from attnlab.bench.subjects import build
-        from attnlab.config import from_json
-
-        config = from_json(json.dumps(asked["config"]), "the config")
-        subject = build(config, asked["mode"], asked["length"])
+    config = from_json(json.dumps(asked["config"]), "the config")
+    what = config, asked["mode"], asked["length"]
+    subject = build_peer(asked["peer"], *what) if asked.get("peer") else build(*what)
     subject.call()
     import jax
 
