@@ -46,7 +46,7 @@ from attnlab.core import Dims, Keys, Queries, Rule, mechanisms, positions
 from attnlab.progress import peak_memory
 mechanism, place, causal, N = eval(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
 position = positions.get(place)()
-dims = Dims(64, 2, 2, 32, 32)
+dims = Dims(64, 4, 2, 16, 16)
 params, place = mechanism.init(jax.random.key(0), dims), position.init(jax.random.key(1), dims)
 pos = jnp.arange(N, dtype=jnp.int32)[None]
 rule = Rule(place, position, causal == "True")
@@ -55,8 +55,7 @@ def loss(q, k, v, x):
     key = jax.random.key(2)
     out = mechanism(params, Queries(q, pos, pos * 0), keys, rule, x=x, key=key).out
     return jnp.sum(out * out)
-tokens = [jnp.ones((1, N, 2, 32)) for _ in range(3)]
-tokens.append(jnp.ones((1, N, 64)))
+tokens = [jnp.ones((1, N, heads, 16)) for heads in (4, 2, 2)] + [jnp.ones((1, N, 64))]
 step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*tokens).compile()
 with suppress(OSError), open("/proc/self/clear_refs", "w") as marks:
     marks.write("5")  # forgets the peak, which compiling may have reached
