@@ -1,0 +1,82 @@
+"""The products of attention are einsums, and so are their gradients, in either order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import products
+
+ROWS = (1, 37, products.LARGE - 1, products.LARGE, products.LARGE + 3)
+EQUATIONS = {
+    "scores": "bnd,bmd->bnm",
+    "mixed": "bnd,bdm->bnm",
+    "collected": "bnd,bnm->bdm",
+}
+
+
+def draw(name: str, rows: int, dtype):
+    shapes = {
+        "scores": ((2, rows, 5), (2, 7, 5)),
+        "mixed": ((2, rows, 7), (2, 7, 5)),
+        "collected": ((2, rows, 7), (2, rows, 5)),
+    }
+    normal = np.random.default_rng(rows).standard_normal
+    return tuple(jnp.asarray(normal(shape), dtype) for shape in shapes[name])
+
+
+def both(function, a, b):
+    """The product, and the gradient of a sum of its squares."""
+
+    def total(a, b):
+        out = function(a, b)
+        return jnp.sum(out * out), out
+
+    gradient, out = jax.jit(jax.grad(total, (0, 1), has_aux=True))(a, b)
+    return out, *gradient
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_products_and_gradients_are_those_of_einsum(name, rows):
+    a, b = draw(name, rows, jnp.float32)
+    got = both(getattr(products, name), a, b)
+    wanted = both(lambda a, b: jnp.einsum(EQUATIONS[name], a, b), a, b)
+    for found, expected in zip(got, wanted):
+        size = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("rows", [37, products.LARGE])
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_sums_of_low_precision_are_f32_and_gradients_as_their_numbers(name, rows):
+    a, b = draw(name, rows, jnp.bfloat16)
+    out, d_a, d_b = both(getattr(products, name), a, b)
+    assert (out.dtype, d_a.dtype, d_b.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    exact = both(
+        lambda a, b: jnp.einsum(EQUATIONS[name], a, b), *(z.astype(jnp.float32) for z in (a, b))
+    )
+    np.testing.assert_allclose(out, exact[0], rtol=0, atol=1e-4 * float(jnp.abs(exact[0]).max()))
+    for found, expected in zip((d_a, d_b), exact[1:]):
+        size = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=0.02 * size)
+
+
+def test_the_wide_product_is_taken_in_the_other_order():
+    """What makes it fast: the narrow array is the first of the product, from `LARGE` rows on."""
+
+    def first_operand(rows):
+        a, b = draw("collected", rows, jnp.float32)
+        equations = jax.make_jaxpr(products.collected)(a, b).jaxpr.eqns
+        (dot,) = (e for e in flat(equations) if e.primitive.name == "dot_general")
+        return dot.invars[0].aval.shape[-1]
+
+    assert first_operand(products.LARGE - 1) == 7
+    assert first_operand(products.LARGE) == 5
+
+
+def flat(equations):
+    for equation in equations:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from flat(inner.eqns)
