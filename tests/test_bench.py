@@ -1,11 +1,13 @@
 """`attnlab bench` measures what it says, each subject in a process of its own."""
 
 import json
+import os
+import signal
 
 import pytest
 from tiny import tiny
 
-from attnlab.bench import subjects
+from attnlab.bench import command, subjects
 from attnlab.bench.command import default_config, in_positions, parse_lengths
 from attnlab.bench.parent import Stopped, Worker, ratio, timing
 from attnlab.bench.tables import growths, slope
@@ -26,6 +28,8 @@ def test_lengths_are_numbers_in_order():
     for wrong in ("", "0", "1.5k", "x", "1,,2"):
         with pytest.raises(UserError, match="is no length"):
             parse_lengths(wrong)
+    with pytest.raises(UserError, match="more than"):
+        parse_lengths(str(2**31))
 
 
 def test_an_entry_is_measured_in_every_position():
@@ -147,6 +151,8 @@ def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path, capsys):
         ["--threads=9999"],
         ["--positions=rop"],
         ["--peers", "--mode=decode"],
+        ["--peers", "--mode=train"],
+        ["--lengths=9999999k"],
         ["--config.model.heads=3"],
         ["--config.attention.windw.window=3"],
     ],
@@ -156,3 +162,37 @@ def test_what_cannot_be_measured_is_one_line(wrong, tmp_path, monkeypatch, capsy
     assert main(["bench", "--attention=window", *wrong]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("finished", [0, 1])
+def test_a_signal_keeps_what_was_finished(number, finished, tmp_path, monkeypatch, capsys):
+    def measure(points, *_):
+        for point in points[:finished]:
+            yield {"label": point.label, "length": point.length, "error": "too long", "code": 2}
+        os.kill(os.getpid(), number)
+        raise AssertionError("a stop is no error of one point")
+
+    monkeypatch.setattr(command, "measure", measure)
+    before = signal.getsignal(signal.SIGTERM)
+    line = ["bench", "--attention=window", "--lengths=32,64", f"--out={tmp_path}"]
+    assert main(line) == 128 + number
+    assert signal.getsignal(signal.SIGTERM) is before
+    lines = (tmp_path / "bench.jsonl").read_text().splitlines()
+    assert [json.loads(line)["length"] for line in lines] == [32][:finished]
+    assert (tmp_path / "bench.md").exists() == bool(finished)
+    assert "too long" in capsys.readouterr().out or not finished
+
+
+def test_peers_of_which_none_is_installed_are_refused(monkeypatch):
+    monkeypatch.setattr(command, "installed", lambda *_: [])
+    with pytest.raises(UserError, match="none of linformer is installed"):
+        command.check_peers(["linformer"], "fwd")
+    with pytest.raises(UserError, match="no package is known"):
+        command.check_peers(["capsule"], "fwd")
+
+
+def test_what_does_not_fit_into_memory_is_an_error_of_one_line():
+    config = json.loads(to_json(small()))
+    with pytest.raises(UserError, match=r"^out of memory: .*\d{12} bytes"):
+        Worker({"config": config, "mode": "product", "length": 2**20, "threads": 1})

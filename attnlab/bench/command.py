@@ -4,15 +4,17 @@ import json
 import logging
 import os
 import platform
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from attnlab.bench.parent import Stopped, Worker, ratio, timing
-from attnlab.bench.peers import installed
+from attnlab.bench.peers import installed, known
 from attnlab.bench.worker import choose_processors
 from attnlab.config import base, put, section, to_json
 from attnlab.core import positions as registry
@@ -25,6 +27,11 @@ log = logging.getLogger(__name__)
 
 MODES = ("fwd", "fwdbwd", "decode", "train")
 EMPTY = 64  # tokens at which a process shows what it needs anyway
+LONGEST = 2**31 - 1  # tokens whose positions are int32
+
+
+class Stop(BaseException):
+    """Asked to stop by the signal that it holds; no mere error, which would cost one point."""
 
 
 class Point(NamedTuple):
@@ -59,8 +66,10 @@ def bench(
     """Measures every entry at every length, prints a table, and adds what it measured to
     ``out``/bench.jsonl, from which bench.md and bench.png are written.
 
-    Returns 0, or the exit code of the first point that could not be measured. Raises `UserError`
-    for what cannot be asked, `DataError` where nothing can be written.
+    Returns 0, or the exit code of the first point that could not be measured. SIGINT and SIGTERM
+    end the measuring processes and keep the points that were finished: 130 or 143. The same command
+    again measures all anew and adds to the file. Raises `UserError` for what cannot be asked,
+    `DataError` where nothing can be written.
     """
     from attnlab.bench.tables import write
 
@@ -81,16 +90,25 @@ def bench(
     ]
     for point in points:
         validate(point.config)
+    if peers:
+        check_peers([point.config.attention.name for point in points], mode)
     folder, rows, code = Path(out), [], 0
     common = {"mode": mode, "threads": threads, "command": list(command), **machine()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "bench.jsonl", "a", encoding="utf-8") as file:
-            for row in measure(points, mode, threads, repeats, peers):
-                rows.append({**row, **common, "time": time.time()})
-                file.write(json.dumps(rows[-1]) + "\n")
-                file.flush()
-                code = code or row.get("code", 0)
+            try:
+                with stoppable():
+                    for row in measure(points, mode, threads, repeats, peers):
+                        rows.append({**row, **common, "time": time.time()})
+                        file.write(json.dumps(rows[-1]) + "\n")
+                        file.flush()
+                        code = code or row.get("code", 0)
+            except Stop as stop:
+                code = 128 + stop.args[0]
+                log.warning("stopped; what was finished is in %s", folder / "bench.jsonl")
+        if not rows:
+            return code
         print(write(rows, folder))
     except OSError as error:
         raise DataError(f"cannot write in {folder}: {error.strerror}") from None
@@ -106,7 +124,37 @@ def parse_lengths(text: str) -> list[int]:
         if not number.isdecimal() or not int(number):
             raise UserError(f"--lengths={text}: {word!r} is no length; for example 1024,4k,16k")
         found.append(int(number) * (1024 if thousand else 1))
+        if found[-1] > LONGEST:
+            raise UserError(f"--lengths={text}: {word} is more than {LONGEST:,} tokens")
     return sorted(set(found))
+
+
+def check_peers(names: Sequence[str], mode: str) -> None:
+    """Raises `UserError` if nothing is installed to measure beside any of the mechanisms."""
+    if any(installed(name, mode) for name in names):
+        return
+    wanted = sorted({each for name in names for each in known(name, mode)})
+    mend = f"none of {'; '.join(wanted)} is installed" if wanted else "no package is known"
+    raise UserError(f"--peers with --mode={mode} of {', '.join(dict.fromkeys(names))}: {mend}")
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raises `Stop` at the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def stop(number: int, _: object) -> None:
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stop(number)
+
+    previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for each in previous:
+            signal.signal(each, stop)
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def in_positions(config: ConfigDict, names: str) -> list[ConfigDict]:

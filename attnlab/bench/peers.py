@@ -53,17 +53,18 @@ PEERS = {
 MODELS = ("torch model", "torch model, compiled")
 
 
-def installed(mechanism: str, mode: str) -> list[str]:
-    """The peers of a mechanism, or of the model around it with ``mode`` train, whose packages are
-    here."""
-    found = importlib.util.find_spec
+def known(mechanism: str, mode: str) -> dict[str, str]:
+    """The peers of a mechanism, or of the model around it with ``mode`` train, and the packages
+    that each needs."""
     if mode == "train":
-        return list(MODELS) if mechanism == "softmax" and found("torch") else []
-    return [
-        name
-        for name, peer in PEERS.items()
-        if peer.mechanism == mechanism and all(map(found, peer.packages.split()))
-    ]
+        return dict.fromkeys(MODELS, "torch") if mechanism == "softmax" else {}
+    return {name: peer.packages for name, peer in PEERS.items() if peer.mechanism == mechanism}
+
+
+def installed(mechanism: str, mode: str) -> list[str]:
+    """Those whose packages are here."""
+    found = importlib.util.find_spec
+    return [n for n, needs in known(mechanism, mode).items() if all(map(found, needs.split()))]
 
 
 def build_peer(name: str, config: ConfigDict, mode: str, length: int) -> Subject:

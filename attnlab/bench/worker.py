@@ -6,14 +6,18 @@ on the wall and of all processors together. So a parent may ask two of them in t
 answered with {"error", "code"} and ends it.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from attnlab.errors import AttnlabError, UserError
+
+SHORT = ("RESOURCE_EXHAUSTED", "Out of memory", "can't allocate memory")  # of jax and torch
 
 
 def main() -> int:
@@ -22,6 +26,7 @@ def main() -> int:
     asked = json.loads(sys.stdin.readline())
     try:
         pin(asked["threads"])
+        limit_memory()
         call = prepare(asked, answers)
         for _ in sys.stdin:
             wall, processors = time.perf_counter(), time.process_time()
@@ -36,6 +41,29 @@ def main() -> int:
     except AttnlabError as error:
         answers.write(json.dumps({"error": str(error), "code": error.code}) + "\n")
         return error.code
+    except Exception as error:
+        if not any(word in str(error) for word in SHORT) and not isinstance(error, MemoryError):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        answers.write(
+            json.dumps({"error": f"out of memory: {said}", "code": UserError.code}) + "\n"
+        )
+        return UserError.code
+
+
+def limit_memory() -> None:
+    """Keeps this process to the memory that is free now, and offers it first where the system must
+    kill: what is too large is then an error of its own, no fall of the machine. Where the system
+    knows no such limits there are none."""
+    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
+        import resource
+
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(z.split()[1]) for z in lines if z.startswith("MemAvailable:"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        known = [each for each in (soft, hard, free) if each != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(known), hard))
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def pin(threads: int) -> None:
