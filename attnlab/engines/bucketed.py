@@ -6,8 +6,9 @@ only, in both directions and in both passes: a permutation's inverse is a permut
 
 Several rounds r of plans are united: with N_ij the number of rounds in which i and j meet,
     out_i = Σ_r Σ_j e^(z_ij − ln N_ij − lse_i) v_j
-is exactly the softmax over the union of what the rounds show. Rounds run one after the other, and
-the backward pass recomputes their logits: dz = p ∘ (do vᵀ − rowsum(do ∘ o) + dlse).
+is exactly the softmax over the union of what the rounds show. Rounds run one after the other, each
+some tiles at a time, so that neither their logits nor their copies of keys leave the cache; the
+backward pass recomputes them: dz = p ∘ (do vᵀ − rowsum(do ∘ o) + dlse).
 
 A token meets itself only where it meets nothing else: with one vector for query and key its own
 logit is always the largest. Source: Kitaev et al., arXiv 2001.04451.
@@ -23,6 +24,9 @@ from jax import lax
 from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines import report_use
 from attnlab.products import collected, mixed, scores
+
+LOGITS_IN_FLIGHT = 2**18
+"""Most logits alive at once."""
 
 
 class Plan(NamedTuple):
@@ -69,8 +73,8 @@ def attend(
 
     Queries [B N H D], keys [B N G D], values [B N G E] of the same tokens -> ``out`` [B N H E] in
     the dtype of the queries and ``lse`` [B H N] f32, over others (`MASK` where there are none).
-    Cost: O(R N w (D + E)) time with w the slots in reach, O(N w) memory: one round at a time. A
-    positional bias is computed for all heads at the places of each.
+    Cost: O(R N w (D + E)) time with w the slots in reach, O(R N) memory for the plan and O(N) for
+    the rest. A positional bias is computed for all heads at the places of each.
     """
     report_use("bucketed", "XLA")
     queries, keys = queries.cleared(), keys.cleared()
@@ -108,9 +112,13 @@ def local_logits(rule: Rule, q: Array, k: Array, q_pos: Array, k_pos: Array) -> 
 
 
 def _placed(z: Array, token: Array) -> Array:
-    """Tokens [B H N X] into their slots: [B H T C X]; an empty slot holds what does not matter."""
-    at = jnp.maximum(token, 0).reshape(*token.shape[:2], -1, 1)
-    return jnp.take_along_axis(z, at, 2).reshape(*token.shape, z.shape[-1])
+    """Tokens [B H N X] into slots [B H T C] of their heads: [H (B T) C X]; an empty slot holds what
+    does not matter."""
+    B, H, T, _ = token.shape
+    row, head = jnp.arange(B * T)[:, None] // T, jnp.arange(H)[:, None, None]
+    at = (row, head, _heads_first(jnp.maximum(token, 0)))
+    # Without the barrier XLA would gather anew for each pair of tokens.
+    return lax.optimization_barrier(z.at[at].get(mode="promise_in_bounds"))
 
 
 def _returned(z: Array, slot: Array) -> Array:
@@ -119,23 +127,26 @@ def _returned(z: Array, slot: Array) -> Array:
     return jnp.take_along_axis(flat, slot[..., None], 2)
 
 
-def _around(z: Array, reach: Reach, fill: int = 0) -> Array:
-    """Tiles [B H T C ...] with their neighbours: [B H T w ...]."""
-    T, many = z.shape[2], reach.before + 1 + reach.after
-    pad = [(0, 0), (0, 0), (reach.before, reach.after)] + [(0, 0)] * (z.ndim - 3)
-    padded = jnp.pad(z, pad, constant_values=fill)
-    return jnp.concatenate([padded[:, :, i : i + T] for i in range(many)], 3)
+def _own(z: Array, reach: Reach) -> Array:
+    """The tiles of queries among tiles [B H b + T + a C ...]: [B H T C ...]."""
+    return z[:, :, reach.before : z.shape[2] - reach.after]
+
+
+def _around(z: Array, reach: Reach) -> Array:
+    """Each tile of queries with its neighbours: [B H b + T + a C ...] -> [B H T w ...]."""
+    T, many = z.shape[2] - reach.before - reach.after, reach.before + 1 + reach.after
+    return jnp.concatenate([z[:, :, i : i + T] for i in range(many)], 3)
 
 
 def _folded(z: Array, reach: Reach) -> Array:
-    """The transpose of `_around`: [B H T w X] -> [B H T C X], sums over the copies."""
-    T, many = z.shape[2], reach.before + 1 + reach.after
-    spread = [(0, 0), (0, 0)]
+    """The transpose of `_around`: [B H T w X] -> [B H b + T + a C X], sums over the copies."""
+    many = reach.before + 1 + reach.after
+    beside = [(0, 0), (0, 0)]
     parts = (
-        jnp.pad(part, [*spread, (i, many - 1 - i), (0, 0), (0, 0)])
+        jnp.pad(part, [*beside, (i, many - 1 - i), (0, 0), (0, 0)])
         for i, part in enumerate(jnp.split(z, many, 3))
     )
-    return reduce(jnp.add, parts)[:, :, reach.before : reach.before + T]
+    return reduce(jnp.add, parts)
 
 
 def _heads_first(z: Array) -> Array:
@@ -144,8 +155,23 @@ def _heads_first(z: Array) -> Array:
     return z.reshape(z.shape[0], -1, *z.shape[3:])
 
 
+def _heads_second(z: Array, batch: int) -> Array:
+    """The inverse of `_heads_first`."""
+    return z.reshape(z.shape[0], batch, -1, *z.shape[2:]).swapaxes(0, 1)
+
+
+def _groups(reach: Reach, token: Array) -> tuple[Array, int]:
+    """The tokens [B H T C] of one round with empty tiles around, [B H T' C], and how many tiles of
+    queries to work on at a time: T' − before − after is a multiple of it."""
+    B, H, T, C = token.shape
+    most = LOGITS_IN_FLIGHT // (B * H * C * C * (reach.before + 1 + reach.after))
+    size = -(-T // -(-T // max(1, most)))
+    ends = (reach.before, reach.after + -T % size)
+    return jnp.pad(token, [(0, 0), (0, 0), ends, (0, 0)], constant_values=-1), size
+
+
 class _Tiles(NamedTuple):
-    """One round in tiles, [H (B T) C or w ...]: features, positions, who is seen [H (B T) C w]
+    """Some tiles of a round, [H (B T) C or w ...]: features, positions, who is seen [H (B T) C w]
     and ln N_ij."""
 
     q: Array
@@ -157,31 +183,33 @@ class _Tiles(NamedTuple):
     often: Array | float
 
 
-def _tiles(reach: Reach, rule: Rule, q, k, v, tokens, codes: Array, plan: Plan) -> _Tiles:
-    """``plan`` of one round, ``codes`` [R B H N] of all."""
-    token = plan.token
-    shape = plan.slot.shape
-    pos, seg = (jnp.broadcast_to(z[:, None], shape)[..., None] for z in tokens)
-    pos = _placed(pos, token)[..., 0]
-    seg = jnp.where(token >= 0, _placed(seg, token)[..., 0], -1)
+def _labels(tokens: tuple[Array, Array], plan: Plan) -> Array:
+    """Position, segment and codes of every token, int32 [B H N 2 + R]."""
+    pos, seg = (jnp.broadcast_to(z[:, None], plan.slot.shape[1:]) for z in tokens)
+    return jnp.stack([pos, seg, *plan.code], -1)
 
-    def pair(z: Array, fill: int = 0) -> tuple[Array, Array]:
-        return _heads_first(z), _heads_first(_around(z, reach, fill))
 
-    (q_pos, k_pos), (q_seg, k_seg), (mine, theirs) = pair(pos), pair(seg, -1), pair(token, -1)
+def _tiles(reach: Reach, rule: Rule, q, k, v, labels: Array, r: Array, token: Array) -> _Tiles:
+    """``token`` of the tiles of round ``r`` and of their neighbours [B H b + T + a C]."""
+    mine, theirs = _own(token, reach), _around(token, reach)
+    asks, answers = (
+        lax.optimization_barrier(jnp.moveaxis(_placed(labels, z), -1, 0)) for z in (mine, theirs)
+    )
+    mine, theirs = _heads_first(mine), _heads_first(theirs)
+    q_seg, k_seg = (jnp.where(z >= 0, y[1], -1) for z, y in ((mine, asks), (theirs, answers)))
 
-    def meets(code: Array) -> Array:
-        asks, answers = pair(_placed(code[..., None], token)[..., 0])
-        return jnp.abs(asks[..., :, None] - answers[..., None, :]) <= reach.codes
+    def meets(i: Array | int) -> Array:
+        ask, answer = asks[2:][i], answers[2:][i]
+        return jnp.abs(ask[..., :, None] - answer[..., None, :]) <= reach.codes
 
-    seen = jax.vmap(rule.visible)(q_pos, q_seg, k_pos, k_seg) & meets(plan.code)
+    seen = jax.vmap(rule.visible)(asks[0], q_seg, answers[0], k_seg) & meets(r)
     seen &= mine[..., :, None] != theirs[..., None, :]
-    often = 0.0
-    if reach.united and codes.shape[0] > 1:
-        often = jnp.log(jnp.maximum(jnp.sum(jax.vmap(meets)(codes), 0), 1).astype(jnp.float32))
-    q, k, v = (_placed(z, token) for z in (q, k, v))
-    k, v = _around(k, reach), _around(v, reach)
-    return _Tiles(*map(_heads_first, (q, k, v)), q_pos, k_pos, seen, often)
+    often, rounds = 0.0, labels.shape[-1] - 2
+    if reach.united and rounds > 1:
+        times = sum(meets(i).astype(jnp.float32) for i in range(rounds))
+        often = jnp.log(jnp.maximum(times, 1.0))
+    q, k, v = _placed(q, _own(token, reach)), *(_placed(z, _around(token, reach)) for z in (k, v))
+    return _Tiles(q, k, v, asks[0], answers[0], seen, often)
 
 
 def _unite(
@@ -189,17 +217,26 @@ def _unite(
 ) -> tuple[Array, Array]:
     """Heads first [B H N X] in and out, ``out`` f32; see `attend`."""
 
-    def add_round(carry, plan_r):
-        top, total, out = carry
-        t = _tiles(reach, rule, q, k, v, tokens, plan.code, plan_r)
-        z = jnp.where(t.seen, local_logits(rule, t.q, t.k, t.q_pos, t.k_pos) - t.often, MASK)
-        peak = jnp.max(z, -1, keepdims=True)
-        weight = jnp.where(t.seen, jnp.exp(z - peak), 0.0)
-        part = mixed(weight.astype(v.dtype), t.v)
-        sums = jnp.concatenate([peak, jnp.sum(weight, -1, keepdims=True), part], -1)
-        B, H, T, C = plan_r.token.shape
-        sums = sums.reshape(H, B, T, C, -1).swapaxes(0, 1)
-        peak, more, part = jnp.split(_returned(sums, plan_r.slot), [1, 2], -1)
+    labels = _labels(tokens, plan)
+
+    def add_round(carry, xs):
+        (top, total, out), (r, plan_r) = carry, xs
+        token, size = _groups(reach, plan_r.token)
+        around = size + reach.before + reach.after
+
+        def group(_, i):
+            near = lax.dynamic_slice_in_dim(token, i * size, around, 2)
+            t = _tiles(reach, rule, q, k, v, labels, r, near)
+            z = jnp.where(t.seen, local_logits(rule, t.q, t.k, t.q_pos, t.k_pos) - t.often, MASK)
+            peak = jnp.max(z, -1, keepdims=True)
+            weight = jnp.where(t.seen, jnp.exp(z - peak), 0.0)
+            part = mixed(weight.astype(v.dtype), t.v)
+            sums = jnp.concatenate([peak, jnp.sum(weight, -1, keepdims=True), part], -1)
+            return None, _heads_second(sums, q.shape[0])
+
+        _, sums = lax.scan(group, None, jnp.arange((token.shape[2] - around) // size + 1))
+        sums = _returned(_joined(sums), plan_r.slot)
+        peak, more, part = jnp.split(sums, [1, 2], -1)
         peak, more = peak[..., 0], more[..., 0]
         new_top = jnp.maximum(top, peak)
         old, new = jnp.exp(top - new_top), jnp.exp(peak - new_top)
@@ -208,11 +245,17 @@ def _unite(
 
     rows = q.shape[:3]
     start = (jnp.full(rows, MASK), jnp.zeros(rows), jnp.zeros((*rows, v.shape[-1])))
-    (top, total, out), _ = lax.scan(add_round, start, plan)
+    (top, total, out), _ = lax.scan(add_round, start, (jnp.arange(plan.slot.shape[0]), plan))
     real = (total > 0) & (tokens[1] >= 0)[:, None]
     safe = jnp.where(real, total, 1.0)
     out = jnp.where(real[..., None], out / safe[..., None], 0.0)
     return out, jnp.where(real, top + jnp.log(safe), MASK)
+
+
+def _joined(z: Array) -> Array:
+    """Groups of tiles [groups B H T C X] side by side: [B H (groups T) C X]."""
+    z = jnp.moveaxis(z, 0, 2)
+    return z.reshape(*z.shape[:2], -1, *z.shape[4:])
 
 
 def _forward(reach, rule, q, k, v, tokens, plan):
@@ -228,28 +271,46 @@ def _backward(reach, residuals, cotangents):
     delta = jnp.where(real[..., 0], jnp.sum(d_out * out, -1) - d_lse, 0.0)
     of_rows = jnp.stack([lse, delta], -1)
 
-    def add_round(carry, plan_r):
-        B, H, T, _ = plan_r.token.shape
-        t = _tiles(reach, rule, q, k, v, tokens, plan.code, plan_r)
-        z, pull = jax.vjp(
-            lambda rule, q, k: local_logits(rule, q, k, t.q_pos, t.k_pos), rule, t.q, t.k
-        )
-        rows = _heads_first(_placed(of_rows, plan_r.token))
-        do = _heads_first(_placed(d_out.astype(v.dtype), plan_r.token))
-        p = jnp.where(t.seen, jnp.exp(z - t.often - rows[..., :1]), 0.0)
-        dv = collected(p.astype(v.dtype), do)
-        dz = p * (scores(do, t.v) - rows[..., 1:])
-        d_rule, dq, dk = pull(dz)
+    labels = _labels(tokens, plan)
 
-        def back(z: Array, fold: bool) -> Array:
-            z = z.reshape(H, B, T, -1, z.shape[-1]).swapaxes(0, 1).astype(jnp.float32)
-            return _returned(_folded(z, reach) if fold else z, plan_r.slot)
+    def add_round(carry, xs):
+        r, plan_r = xs
+        token, size = _groups(reach, plan_r.token)
+        around = size + reach.before + reach.after
 
-        added = d_rule, back(dq, False), back(dk, True), back(dv, True)
-        return jax.tree.map(jnp.add, carry, added), None
+        def group(carry, i):
+            d_rule, dk, dv = carry
+            near = lax.dynamic_slice_in_dim(token, i * size, around, 2)
+            t = _tiles(reach, rule, q, k, v, labels, r, near)
+            z, pull = jax.vjp(
+                lambda rule, q, k: local_logits(rule, q, k, t.q_pos, t.k_pos), rule, t.q, t.k
+            )
+            own = _own(near, reach)
+            rows, do = _placed(of_rows, own), _placed(d_out.astype(v.dtype), own)
+            p = jnp.where(t.seen, jnp.exp(z - t.often - rows[..., :1]), 0.0)
+            dz = p * (scores(do, t.v) - rows[..., 1:])
+            add_rule, dq, add_k = pull(dz)
+            add_v = collected(p.astype(v.dtype), do)
+
+            def added(total: Array, more: Array) -> Array:
+                more = _folded(_heads_second(more.astype(jnp.float32), q.shape[0]), reach)
+                more += lax.dynamic_slice_in_dim(total, i * size, around, 2)
+                return lax.dynamic_update_slice_in_dim(total, more, i * size, 2)
+
+            d_rule = jax.tree.map(jnp.add, d_rule, add_rule)
+            dq = _heads_second(dq.astype(jnp.float32), q.shape[0])
+            return (d_rule, added(dk, add_k), added(dv, add_v)), dq
+
+        d_rule, *totals = carry
+        start = (d_rule, *(jnp.zeros((*token.shape, z.shape[-1])) for z in (k, v)))
+        groups = jnp.arange((token.shape[2] - around) // size + 1)
+        (d_rule, dk, dv), dq = lax.scan(group, start, groups)
+        dk, dv = (_own(z, reach) for z in (dk, dv))
+        added = (_returned(z, plan_r.slot) for z in (_joined(dq), dk, dv))
+        return (d_rule, *map(jnp.add, totals, added)), None
 
     start = jax.tree.map(jnp.zeros_like, rule), *(jnp.zeros(z.shape) for z in (q, k, v))
-    (d_rule, *grads), _ = lax.scan(add_round, start, plan)
+    (d_rule, *grads), _ = lax.scan(add_round, start, (jnp.arange(plan.slot.shape[0]), plan))
     full = (tokens[1] >= 0)[:, None, :, None]
     dq, dk, dv = (jnp.where(full, g, 0.0).astype(z.dtype) for g, z in zip(grads, (q, k, v)))
     return d_rule, dq, dk, dv, None, None

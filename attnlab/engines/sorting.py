@@ -19,7 +19,7 @@ def plan_runs(
     """
     N = queries.pos.shape[1]
     length = min(length, N)
-    chunk = min(N, max(8, -(-length // 4)))
+    chunk = min(N, max(8, -(-length // 2)))
     buckets = jnp.where(queries.seg[:, None] >= 0, buckets, count)
     bucket, order, rank = sort_tokens(queries, buckets)
     first = search(bucket, jnp.arange(count + 1))
