@@ -210,7 +210,7 @@ def _forward(rule, q, k, v, asking, answering):
 def _backward(residuals, cotangents):
     rule, q, k, v, asking, answering, out, lse = residuals
     d_out, d_lse = cotangents
-    delta = jnp.sum(d_out * out, -1) - d_lse
+    delta = jnp.einsum("...e,...e->...", d_out, out) - d_lse
     d_out = d_out.astype(v.dtype)
 
     def query_tile(carry, xs):

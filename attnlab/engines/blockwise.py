@@ -13,6 +13,8 @@ Source: Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, 2112.05682; Dao e
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnlab.core import MASK, Array, Keys, Queries, Rule
+from attnlab.core import MASK, Array, Keys, Pattern, Queries, Rule
 from attnlab.engines import dense, report_use, rowwise
 from attnlab.products import collected, mixed, scores
 
@@ -47,28 +49,55 @@ def attend(
         return out, lse
     if rule.whole:
         return rowwise.attend(queries, keys, rule)
+    return _attend_sets(queries, rule, tile, (keys, ()))
+
+
+def attend_sets(
+    queries: Queries, rule: Rule, tile: int | tuple[int, int], *seen: tuple[Keys, Pattern]
+) -> tuple[Array, Array]:
+    """One softmax over several sets of keys, each behind a pattern of its own, which together show
+    a query no token twice. ``tile`` bounds the tokens per tile, or those of queries and of keys.
+
+    Returns ``out`` and ``lse`` as `attend` does, and serves what it serves by itself: no taps on
+    logits or probabilities, no rule in which a query must meet all its keys at once. The cost is
+    the sum over the sets.
+    """
+    return _attend_sets(queries, rule, tile, *((keys, (pattern,)) for keys, pattern in seen))
+
+
+def _attend_sets(
+    queries: Queries,
+    rule: Rule,
+    tile: int | tuple[int, int] | None,
+    *seen: tuple[Keys, tuple[Pattern, ...]],
+) -> tuple[Array, Array]:
     report_use("blockwise", "XLA")
-    queries, keys = queries.cleared(), keys.cleared()
+    queries = queries.cleared()
     B, N, H, _ = queries.q.shape
-    M = keys.k.shape[1]
-    q_tile, k_tile = tile_size(N, B * H, tile), tile_size(M, B * H, tile)
-    seen_by = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
-    log_count = keys.log_count
-    log_count = None if log_count is None else _tiles(log_count, k_tile, 0)
-    seen = Tokens(_tiles(keys.pos, k_tile, 0), _tiles(keys.seg, k_tile, -1), log_count)
-    out, lse = _attend(
-        rule,
-        _head_tiles(rule.rotate(queries.q, queries.pos, "query"), q_tile),
-        _head_tiles(rule.rotate(keys.k, keys.pos, "key"), k_tile),
-        _head_tiles(keys.v, k_tile),
-        seen_by,
-        seen,
+    q_limit, k_limit = tile if isinstance(tile, tuple) else (tile, tile)
+    q_tile = tile_size(N, B * H, q_limit)
+    asking = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
+    sets = (
+        _tiled(k, dataclasses.replace(rule, patterns=rule.patterns + p), B * H, k_limit)
+        for k, p in seen
     )
+    q = _head_tiles(rule.rotate(queries.q, queries.pos, "query"), q_tile)
+    out, lse = _attend(rule, q, tuple(sets), asking)
     out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]
     lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
     share = rule.normaliser.share(lse)
     out = out if share is None else out * share.swapaxes(1, 2)[..., None]
     return rule.tap("heads", out.astype(queries.q.dtype)), lse
+
+
+def _tiled(keys: Keys, rule: Rule, rows: int, limit: int | None) -> Tiled:
+    keys = keys.cleared()
+    tile = tile_size(keys.k.shape[1], rows, limit)
+    log_count = keys.log_count
+    log_count = None if log_count is None else _tiles(log_count, tile, 0)
+    tokens = Tokens(_tiles(keys.pos, tile, 0), _tiles(keys.seg, tile, -1), log_count)
+    k = _head_tiles(rule.rotate(keys.k, keys.pos, "key"), tile)
+    return Tiled(k, _head_tiles(keys.v, tile), tokens, rule.patterns)
 
 
 def tile_size(length: int, rows: int, limit: int | None = None) -> int:
@@ -102,6 +131,18 @@ class Tokens(NamedTuple):
         seen = rule.visible(q_pos, q_seg, self.pos, self.seg)
         counts = 0.0 if self.log_count is None else self.log_count[:, None]
         return lax.optimization_barrier(jnp.where(seen, counts, MASK))[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tiled:
+    """A set of keys in tiles: ``k`` (rotated) [tiles B G tile D], ``v`` [tiles B G tile E], and the
+    ``patterns`` that show them."""
+
+    k: Array
+    v: Array
+    tokens: Tokens
+    patterns: tuple[Pattern, ...] = dataclasses.field(metadata={"static": True})
 
 
 class Spans(NamedTuple):
@@ -172,78 +213,99 @@ def _at(i: Array, *arrays: Array) -> tuple[Array, ...]:
 
 
 @jax.custom_vjp
-def _attend(rule: Rule, q: Array, k: Array, v: Array, asking: Tokens, answering: Tokens):
+def _attend(rule: Rule, q: Array, sets: tuple[Tiled, ...], asking: Tokens):
     """Tiles of heads in, tiles of ``out`` (f32) and ``lse`` out; see `attend`."""
-    G, E = v.shape[2], v.shape[-1]
+    E = sets[0].v.shape[-1]
 
     def query_tile(_, xs):
         q, q_pos, q_seg, span = xs
-        near = reach(rule, _one(span), key_spans)[0]
 
-        def step(_, carry):
-            i, top, total, out = carry
-            i = _next(near, i)
-            k_t, v_t = _at(i, k, v)
-            keys = answering.at(i)
-            z = rule.biased(q, k_t, q_pos, keys.pos) + keys.added(rule, q_pos, q_seg)
-            new_top = jnp.maximum(top, jnp.max(z, -1))
-            shrink = jnp.exp(top - new_top)
-            weight = jnp.exp(z - new_top[..., None])
-            part = mixed(_grouped(weight, G).astype(v.dtype), v_t)
-            out = out * shrink[..., None] + part.reshape(out.shape)
-            return i, new_top, total * shrink + jnp.sum(weight, -1), out
+        def visit(keys: Tiled, key_spans: Spans, carry):
+            seeing = _seeing(rule, keys)
+            near = reach(seeing, _one(span), key_spans)[0]
+            G, dtype = keys.v.shape[2], keys.v.dtype
+
+            def step(_, carry):
+                i, top, total, out = carry
+                i = _next(near, i)
+                k_t, v_t = _at(i, keys.k, keys.v)
+                tokens = keys.tokens.at(i)
+                z = rule.biased(q, k_t, q_pos, tokens.pos) + tokens.added(seeing, q_pos, q_seg)
+                new_top = jnp.maximum(top, jnp.max(z, -1))
+                shrink = jnp.exp(top - new_top)
+                weight = jnp.exp(z - new_top[..., None])
+                part = mixed(_grouped(weight, G).astype(dtype), v_t)
+                out = out * shrink[..., None] + part.reshape(out.shape)
+                return i, new_top, total * shrink + jnp.sum(weight, -1), out
+
+            return lax.fori_loop(0, jnp.sum(near), step, (BEFORE, *carry))[1:]
 
         # Above what is masked, so that rows which see nothing yet weigh it with exp(-large) = 0.
         rows = q.shape[:3]
-        start = (BEFORE, jnp.full(rows, MASK / 2), jnp.zeros(rows), jnp.zeros((*rows, E)))
-        _, top, total, out = lax.fori_loop(0, jnp.sum(near), step, start)
+        carry = jnp.full(rows, MASK / 2), jnp.zeros(rows), jnp.zeros((*rows, E))
+        for keys, key_spans in zip(sets, all_spans):
+            carry = visit(keys, key_spans, carry)
+        top, total, out = carry
         safe = jnp.where(total > 0, total, 1.0)
         return None, (out / safe[..., None], jnp.where(total > 0, top + jnp.log(safe), MASK))
 
-    key_spans = spans(answering)
+    all_spans = [spans(keys.tokens) for keys in sets]
     return lax.scan(query_tile, None, (q, asking.pos, asking.seg, spans(asking)))[1]
 
 
-def _forward(rule, q, k, v, asking, answering):
-    out, lse = _attend(rule, q, k, v, asking, answering)
-    return (out, lse), (rule, q, k, v, asking, answering, out, lse)
+def _seeing(rule: Rule, keys: Tiled) -> Rule:
+    return dataclasses.replace(rule, patterns=keys.patterns)
+
+
+def _forward(rule, q, sets, asking):
+    out, lse = _attend(rule, q, sets, asking)
+    return (out, lse), (rule, q, sets, asking, out, lse)
 
 
 def _backward(residuals, cotangents):
-    rule, q, k, v, asking, answering, out, lse = residuals
+    rule, q, sets, asking, out, lse = residuals
     d_out, d_lse = cotangents
-    delta = jnp.sum(d_out * out, -1) - d_lse
-    d_out = d_out.astype(v.dtype)
+    delta = jnp.einsum("...e,...e->...", d_out, out) - d_lse
     lse = jnp.where(lse > MASK, lse, 0.0)  # of rows that see nothing: what is masked stays at 0
-    G = v.shape[2]
-
-    def key_tile(carry, xs):
-        k, v, keys, span = xs
-        near = reach(rule, query_spans, _one(span))[:, 0]
-
-        def step(_, carry):
-            i, dq, d_rule, dk, dv = carry
-            i = _next(near, i)
-            q_i, lse_i, delta_i, do_i = _at(i, q, lse, delta, d_out)
-            q_pos, q_seg, _ = asking.at(i)
-            z, pull = jax.vjp(lambda rule, q, k: rule.biased(q, k, q_pos, keys.pos), rule, q_i, k)
-            p = jnp.exp(z + keys.added(rule, q_pos, q_seg) - lse_i[..., None])
-            do_g = _grouped(do_i, G)
-            dv += collected(_grouped(p, G).astype(v.dtype), do_g)
-            dp = scores(do_g, v).reshape(p.shape)
-            add_rule, add_q, add_k = pull(p * (dp - delta_i[..., None]))
-            dq_i = lax.dynamic_index_in_dim(dq, i, 0, keepdims=False) + add_q
-            dq = lax.dynamic_update_index_in_dim(dq, dq_i, i, 0)
-            return i, dq, jax.tree.map(jnp.add, d_rule, add_rule), dk + add_k, dv
-
-        start = (BEFORE, *carry, jnp.zeros(k.shape), jnp.zeros(v.shape))
-        _, dq, d_rule, dk, dv = lax.fori_loop(0, jnp.sum(near), step, start)
-        return (dq, d_rule), (dk.astype(k.dtype), dv.astype(v.dtype))
-
     query_spans = spans(asking)
-    start = (jnp.zeros(q.shape), jax.tree.map(jnp.zeros_like, rule))
-    (dq, d_rule), (dk, dv) = lax.scan(key_tile, start, (k, v, answering, spans(answering)))
-    return d_rule, dq.astype(q.dtype), dk, dv, None, None
+
+    def visit(keys: Tiled, carry):
+        seeing, G, dtype = _seeing(rule, keys), keys.v.shape[2], keys.v.dtype
+        d_outs = d_out.astype(dtype)
+
+        def key_tile(carry, xs):
+            k, v, tokens, span = xs
+            near = reach(seeing, query_spans, _one(span))[:, 0]
+
+            def step(_, carry):
+                i, dq, d_rule, dk, dv = carry
+                i = _next(near, i)
+                q_i, lse_i, delta_i, do_i = _at(i, q, lse, delta, d_outs)
+                q_pos, q_seg, _ = asking.at(i)
+                z, pull = jax.vjp(
+                    lambda rule, q, k: rule.biased(q, k, q_pos, tokens.pos), rule, q_i, k
+                )
+                p = jnp.exp(z + tokens.added(seeing, q_pos, q_seg) - lse_i[..., None])
+                do_g = _grouped(do_i, G)
+                dv += collected(_grouped(p, G).astype(dtype), do_g)
+                dp = scores(do_g, v).reshape(p.shape)
+                add_rule, add_q, add_k = pull(p * (dp - delta_i[..., None]))
+                dq_i = lax.dynamic_index_in_dim(dq, i, 0, keepdims=False) + add_q
+                dq = lax.dynamic_update_index_in_dim(dq, dq_i, i, 0)
+                return i, dq, jax.tree.map(jnp.add, d_rule, add_rule), dk + add_k, dv
+
+            start = (BEFORE, *carry, jnp.zeros(k.shape), jnp.zeros(v.shape))
+            _, dq, d_rule, dk, dv = lax.fori_loop(0, jnp.sum(near), step, start)
+            return (dq, d_rule), (dk.astype(k.dtype), dv.astype(dtype))
+
+        return lax.scan(key_tile, carry, (keys.k, keys.v, keys.tokens, spans(keys.tokens)))
+
+    carry, d_sets = (jnp.zeros(q.shape), jax.tree.map(jnp.zeros_like, rule)), []
+    for keys in sets:
+        carry, (dk, dv) = visit(keys, carry)
+        d_sets.append(dataclasses.replace(keys, k=dk, v=dv, tokens=None))
+    dq, d_rule = carry
+    return d_rule, dq.astype(q.dtype), tuple(d_sets), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -268,7 +268,7 @@ def _backward(reach, residuals, cotangents):
     d_out, d_lse = cotangents
     real = (lse > MASK)[..., None]
     d_out = jnp.where(real, d_out, 0.0)
-    delta = jnp.where(real[..., 0], jnp.sum(d_out * out, -1) - d_lse, 0.0)
+    delta = jnp.where(real[..., 0], jnp.einsum("...e,...e->...", d_out, out) - d_lse, 0.0)
     of_rows = jnp.stack([lse, delta], -1)
 
     labels = _labels(tokens, plan)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, Keys, Pattern, Queries, Rule
-from attnlab.engines import blockwise, matching, parts
+from attnlab.engines import matching, parts
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,10 @@ def part_of(rule: Rule) -> Rule:
     return dataclasses.replace(rule, taps=tuple(t for t in rule.taps if t[0] != "heads"))
 
 
-def attend(
-    queries: Queries, rule: Rule, tile: int, *seen: tuple[Keys, Pattern]
-) -> tuple[Array, Array]:
-    """One softmax over several sets of keys, each behind a pattern of its own, which together show
-    a query no token twice. Returns ``out`` and ``lse`` as `blockwise.attend`; the cost is that of
-    one such call a set."""
-    inner = part_of(rule)
-    out, lse = join(*(blockwise.attend(queries, k, inner.restrict(p), tile) for k, p in seen))
-    return rule.tap("heads", out), lse
-
-
 def attend_densely(
     queries: Queries, rule: Rule, *seen: tuple[Keys, Pattern]
 ) -> tuple[Array, Array, Array]:
-    """`attend`, literally, and its ``probs`` [B H N M] with the sets side by side."""
+    """`blockwise.attend_sets`, literally, and its ``probs`` [B H N M] with the sets side by side."""
     sets = ((queries, k, rule.restrict(pattern).allowed(queries, k)) for k, pattern in seen)
     return matching.attend_densely(rule, *sets)
 
@@ -101,9 +90,9 @@ def attend_densely(
 def join(*attended: tuple[Array, Array]) -> tuple[Array, Array]:
     """One attention from its ``(out, lse)`` over disjoint sets of keys, as `blockwise.attend` gives
     them: ``out`` [B N H E] in the dtype of the first, ``lse`` [B H N]."""
-    outs, lses = (jnp.stack(z) for z in zip(*attended))
-    out, lse = parts.merge(outs, jnp.swapaxes(lses, -1, -2))
-    return out.astype(outs.dtype), jnp.swapaxes(lse, -1, -2)
+    outs, lses = zip(*attended)
+    out, lse = parts.merge(outs, (jnp.swapaxes(z, -1, -2) for z in lses))
+    return out.astype(outs[0].dtype), jnp.swapaxes(lse, -1, -2)
 
 
 def number(seg: Array, length: int, last: Array, count: Array) -> tuple[Array, Array]:

@@ -73,8 +73,7 @@ class BlockTopK(Mechanism):
         queries = jax.tree.map(jnp.asarray, queries.cleared())
         choice = self._choose(queries, keys, rule)
         far, far_lse = self._attend_chosen(queries, keys, plain, choice)
-        outs = jnp.concatenate([out.swapaxes(1, 2)[None], far])
-        out, lse = parts.merge(outs, jnp.concatenate([lse[None], far_lse]))
+        out, lse = parts.merge([out.swapaxes(1, 2), *far], [lse, *far_lse])
         out = rule.tap("heads", out.swapaxes(1, 2).astype(queries.q.dtype))
         return Result(out, state, {"lse": lse})
 

@@ -91,7 +91,7 @@ class Compressive(Mechanism):
         coarse = self._grouped(params, recent, keys.pos.shape[1])
         coarse, groups = segments.remember(coarse, state.coarse if state else ())
         tile = segments.tile_of(self.segment)
-        out, lse = segments.attend(queries, rule, tile, *self._seen(recent, coarse))
+        out, lse = blockwise.attend_sets(queries, rule, tile, *self._seen(recent, coarse))
         aux = {"lse": lse}
         if self.pool == "conv":
             before, behind = self._reconstruction(queries, rule, recent, coarse)

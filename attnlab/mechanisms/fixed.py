@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result, count_pairs
-from attnlab.engines import blockwise, dense, parts
+from attnlab.engines import blockwise, dense, segments
 from attnlab.engines.slots import permuted
 from attnlab.errors import UserError
 from attnlab.mechanisms.block import Same
@@ -93,10 +93,8 @@ class Fixed(Mechanism):
         own = blockwise.attend(queries, keys, plain.restrict(Same(self.block)), tile)
         others = plain.restrict(Columns(self.block, self.columns))
         far = blockwise.attend(queries, self._columns_first(keys), others)
-        out, lse = (jnp.stack(pair) for pair in zip(own, far))
-        out, lse = parts.merge(out, lse.swapaxes(2, 3))
-        out = rule.tap("heads", out.astype(queries.q.dtype))
-        return Result(out, state, {"lse": lse.swapaxes(1, 2)})
+        out, lse = segments.join(own, far)
+        return Result(rule.tap("heads", out), state, {"lse": lse})
 
     def _columns_first(self, keys: Keys) -> Keys:
         """The tokens of all columns in the first slots, the others emptied: as many slots as

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result
-from attnlab.engines import pooling, segments
+from attnlab.engines import blockwise, pooling, segments
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser
 from attnlab.registry import register
@@ -30,9 +30,10 @@ class Neighbours(Pattern):
         return ((step == -1) & (q_late | ~k_late)) | ((step == 1) & (~q_late | k_late))
 
     def reaches(self, q_low, q_high, k_low, k_high):
-        return (k_high // self.size >= q_low // self.size - 1) & (
-            k_low // self.size <= q_high // self.size + 1
-        )
+        first, last = q_low // self.size, q_high // self.size
+        k_first, k_last = k_low // self.size, k_high // self.size
+        before = (k_first <= last - 1) & (k_last >= first - 1)
+        return before | ((k_first <= last + 1) & (k_last >= first + 1))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Hierarchical(Mechanism):
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
         tile = segments.tile_of(2 * self.block)
-        out, lse = segments.attend(queries, rule, tile, *self._levels(keys, pooling.mean))
+        levels = self._levels(keys, pooling.mean)
+        out, lse = blockwise.attend_sets(queries, rule, (2 * tile, tile), *levels)
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):

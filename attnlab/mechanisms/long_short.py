@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Pattern, Result
-from attnlab.engines import pooling, segments
+from attnlab.engines import blockwise, pooling, segments
 from attnlab.errors import UserError
 from attnlab.mechanisms.window import Near
 from attnlab.refusals import refuse_normaliser
@@ -58,7 +58,9 @@ class LongShort(Mechanism):
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
         tile = max(64, 1 << (self.window // 2).bit_length())
-        out, lse = segments.attend(queries, rule, tile, *self._seen(params, keys, pooling.attended))
+        out, lse = blockwise.attend_sets(
+            queries, rule, tile, *self._seen(params, keys, pooling.attended)
+        )
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result
-from attnlab.engines import pooling, segments
+from attnlab.engines import blockwise, pooling, segments
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser
 from attnlab.registry import register
@@ -46,7 +46,7 @@ class Segment(Mechanism):
             return self.reference(params, queries, keys, rule, state)
         tile = segments.tile_of(self.segment)
         means = pooling.mean(keys, self.segment)
-        out, lse = segments.attend(queries, rule, tile, *self._seen(keys, means))
+        out, lse = blockwise.attend_sets(queries, rule, tile, *self._seen(keys, means))
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):

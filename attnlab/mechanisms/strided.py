@@ -17,7 +17,7 @@ from attnlab.core import (
     Rule,
     count_pairs,
 )
-from attnlab.engines import blockwise, dense, parts
+from attnlab.engines import blockwise, dense, segments
 from attnlab.engines.slots import permuted
 from attnlab.errors import UserError
 from attnlab.mechanisms.window import Near
@@ -82,10 +82,8 @@ class Strided(Mechanism):
         tile = max(64, 1 << (self.stride // 2).bit_length())
         near = blockwise.attend(queries, keys, plain.restrict(Near(self.stride)), tile)
         far = self._columns(queries, keys, plain.restrict(Apart()))
-        out, lse = (jnp.stack(pair) for pair in zip(near, far))
-        out, lse = parts.merge(out, lse.swapaxes(2, 3))
-        out = rule.tap("heads", out.astype(queries.q.dtype))
-        return Result(out, state, {"lse": lse.swapaxes(1, 2)})
+        out, lse = segments.join(near, far)
+        return Result(rule.tap("heads", out), state, {"lse": lse})
 
     def _columns(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
         """Full attention inside every column of every document: a column is a segment."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result, Rule
-from attnlab.engines import segments
+from attnlab.engines import blockwise, segments
 from attnlab.engines.segments import Span
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_bidirectional, refuse_normaliser
@@ -56,7 +56,7 @@ class TransformerXL(Mechanism):
             return self.reference(params, queries, keys, rule, state)
         keys, state = segments.remember(keys, state)
         tile = segments.tile_of(self.segment)
-        out, lse = segments.attend(queries, rule, tile, *self._seen(keys))
+        out, lse = blockwise.attend_sets(queries, rule, tile, *self._seen(keys))
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
