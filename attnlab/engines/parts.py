@@ -17,8 +17,8 @@ def merge(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[Array, Array]:
         lse = ln Σ_p e^(lse_p),   out = Σ_p w_p out_p,   w_p = e^(lse_p − lse)
         d lse_p = w_p (d out · (out_p − out) + d lse),   d out_p = w_p d out
 
-    P times ``outs`` [... E] and ``lses`` [...] (`MASK` where a part saw no key); returns f32 ``out``
-    [... E], 0 where no part saw a key, and ``lse`` [...]. Cost O(P) per row.
+    P times ``outs`` [... E] and ``lses`` [...] (`MASK` where a part saw no key); returns ``out``
+    [... E] f32, 0 where no part saw a key, and ``lse`` [...]. Cost O(P) per row.
     """
     return _merge(tuple(outs), tuple(lses))
 

@@ -82,7 +82,7 @@ def part_of(rule: Rule) -> Rule:
 def attend_densely(
     queries: Queries, rule: Rule, *seen: tuple[Keys, Pattern]
 ) -> tuple[Array, Array, Array]:
-    """`blockwise.attend_sets`, literally, and its ``probs`` [B H N M] with the sets side by side."""
+    """`blockwise.attend_sets`, literally, and ``probs`` [B H N M] with the sets side by side."""
     sets = ((queries, k, rule.restrict(pattern).allowed(queries, k)) for k, pattern in seen)
     return matching.attend_densely(rule, *sets)
 
