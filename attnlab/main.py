@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnlab import __version__
+from attnlab import __version__, large_pages
 from attnlab.errors import AttnlabError, UserError, did_you_mean
 from attnlab.flags import Command, Flag, Line, columns, describe, parse_line
 
@@ -250,6 +250,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; errors become one line on stderr."""
+    if argv is None:
+        large_pages.use()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = any(word in ("--debug", "--debug=true") for word in argv)
     for stream in (sys.stdout, sys.stderr):
