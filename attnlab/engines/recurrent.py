@@ -18,27 +18,15 @@ axis: Yang et al., 2312.06635.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, count_pairs
-from attnlab.engines import report_use
+from attnlab.engines import report_use, undecayed
+from attnlab.engines.undecayed import State, initial_state, latest_document, pad
 from attnlab.products import mixed, scores
-
-
-class State(NamedTuple):
-    """What the past left: ``memory`` [B G D E] f32, and ``seg`` [B], the document it is of."""
-
-    memory: Array
-    seg: Array
-
-
-def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> State:
-    """No past: a document that no token belongs to."""
-    return State(jnp.zeros((batch, heads, key_dim, value_dim)), jnp.full(batch, -1, jnp.int32))
 
 
 def attend(
@@ -62,6 +50,8 @@ def attend(
     Σ q·k, 0 where that is not positive; the memory then has E + 1 columns, the last of them for
     that sum. Cost: O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
     """
+    if key_decay is None and value_decay is None:
+        return undecayed.attend(q, k, v, seg, state, chunk=chunk, mean=mean)
     report_use("recurrent", "XLA")
     B, N, H, D = q.shape
     G, E = v.shape[2:]
@@ -115,20 +105,6 @@ def count_flops(
     pairs = chunks * count_pairs(chunk) + count_pairs(rest)
     once = pairs * (key_dim + value_dim) + 2 * length * key_dim * value_dim
     return 2.0 * heads * once * (1 if causal else 2)
-
-
-def pad(z: Array, size: int, fill: int) -> Array:
-    """``z`` [B N ...] made a multiple of ``size`` long."""
-    widths = [(0, 0), (0, -z.shape[1] % size)] + [(0, 0)] * (z.ndim - 2)
-    return jnp.pad(z, widths, constant_values=fill)
-
-
-def latest_document(seg: Array, before: Array) -> tuple[Array, Array]:
-    """The document of the last full slot of ``seg`` [B C], or ``before`` [B] where there is none,
-    and the index of that slot, -1 for none: [B] each."""
-    last = jnp.max(jnp.where(seg >= 0, jnp.arange(seg.shape[1]), -1), 1)
-    own = jnp.take_along_axis(seg, jnp.maximum(last, 0)[:, None], 1)[:, 0]
-    return jnp.where(last >= 0, own, before), last
 
 
 def sums_since(decay: Array) -> Array:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
-from attnlab.engines import recurrent
+from attnlab.engines import recurrent, undecayed
 from attnlab.engines.recurrent import quotient, with_one
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_bias, refuse_every_normaliser, refuse_taps
@@ -40,16 +39,22 @@ class Linear(Mechanism):
         return recurrent.initial_state(batch, dims.kv_heads, dims.key_dim, dims.value_dim + 1)
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        q, k = self._features(queries, keys, rule)
-        v, after = keys.cleared().v, state
+        self._refuse(rule)
+        after = state
         if rule.causal:
-            out, after = recurrent.attend(q, k, v, keys.seg, state, chunk=self.chunk, mean=True)
+            q = rule.rotate(queries.q.astype(jnp.float32), queries.pos, "query")
+            k = rule.rotate(keys.k.astype(jnp.float32), keys.pos, "key")
+            out, after = undecayed.attend(
+                q, k, keys.v, keys.seg, state, chunk=self.chunk, mean=True, features=elu_plus_one
+            )
         else:
-            out = quotient(recurrent.attend_both_ways(q, k, with_one(v), keys.seg, self.chunk))
+            q, k, v = *self._features(queries, keys, rule), with_one(keys.cleared().v)
+            out = quotient(recurrent.attend_both_ways(q, k, v, keys.seg, self.chunk))
         out = rule.tap("heads", out.astype(queries.q.dtype))
         return Result(out, after if state else state)
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        self._refuse(rule)
         q, k = self._features(queries, keys, rule)
         k, v = (jnp.repeat(z, q.shape[2] // z.shape[2], 2) for z in (k, with_one(keys.cleared().v)))
         weight = jnp.where(
@@ -58,12 +63,14 @@ class Linear(Mechanism):
         out = quotient(jnp.einsum("bhnm,bmhe->bnhe", weight, v)).astype(queries.q.dtype)
         return Result(rule.tap("heads", out), state)
 
-    def _features(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
+    def _refuse(self, rule: Rule) -> None:
         refuse_every_normaliser("linear", rule)
         refuse_bias("linear", rule)
         refuse_taps("linear", rule)
+
+    def _features(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
         q, k = rotated(queries, keys, rule)
-        return jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
+        return elu_plus_one(q), elu_plus_one(k)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         return recurrent.count_flops(
@@ -73,6 +80,12 @@ class Linear(Mechanism):
     @classmethod
     def examples(cls):
         return (cls(chunk=8),)
+
+
+def elu_plus_one(z: Array) -> Array:
+    """φ(z) = elu(z) + 1: e^z below 0, 1 + z above."""
+    # The exponential of what is not used must stay finite for the gradient.
+    return jnp.where(z > 0, z + 1, jnp.exp(jnp.minimum(z, 0)))
 
 
 def rotated(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
