@@ -14,7 +14,6 @@ Source: Katharopoulos et al., arXiv 2006.16236; chunks: Hua et al., 2202.10447.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -58,9 +57,9 @@ def attend(
     ``q`` [B N H D], ``k`` [B N G D], ``v`` [B N G E], ``seg`` [B N]; ``features`` maps the last
     axis of queries and keys, to the same size or another; ``chunk`` tokens at a time, rounded up to
     a power of two. Returns ``out`` [B N H E] f32, 0 in empty slots, and the `State` after the last
-    token. With ``mean`` the result is divided by the sum of the weights, 0 where that is not positive; the
-    memory then has E + 1 columns, the last of them z. Cost: O(N (C (D + E) + D E)) time,
-    O(N + N D E / C) memory.
+    token. With ``mean`` the result is divided by the sum of the weights, 0 where that is not
+    positive; the memory then has E + 1 columns, the last of them z. Cost:
+    O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
     """
     report_use("undecayed", "XLA")
     B, N, H, _ = q.shape
@@ -75,8 +74,8 @@ def attend(
         return jnp.moveaxis(pad(z, size, fill).reshape(B, -1, size, *z.shape[2:]), 1, 0)
 
     tokens = tuple(tiles(z) for z in (q.reshape(B, N, G, H // G, -1), k, v))
-    out, state = _attend((mean, features), *tokens, tiles(seg, -1), state)
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, E)[:, :N], state
+    out, after = _attend((mean, features), *tokens, tiles(seg, -1), state)
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, E)[:, :N], after
 
 
 def pad(z: Array, size: int, fill: int) -> Array:
@@ -157,11 +156,9 @@ def _joined(S: Array, z: Array) -> Array:
     return jnp.concatenate([S, z], -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: tuple[bool, Callable], q, k, v, seg, state):
+def _visit(static: tuple[bool, Callable], q, k, v, seg, state: State) -> tuple[Array, State]:
     """Chunks in, ``out`` [chunks B C G R E] and the state after them out."""
-    (out, state), _ = _forward(static, q, k, v, seg, state)
-    return out, state
+    return _forward(static, q, k, v, seg, state)[0]
 
 
 def _forward(static, q, k, v, seg, state):
@@ -234,4 +231,5 @@ def _backward(static, kept, cotangents):
     return dq, dk, dv, None, d_state._replace(memory=_joined(dS, dz))
 
 
+_attend = jax.custom_vjp(_visit, nondiff_argnums=(0,))
 _attend.defvjp(_forward, _backward)
