@@ -49,38 +49,38 @@ def attend(
         return out, lse
     if rule.whole:
         return rowwise.attend(queries, keys, rule)
-    return _attend_sets(queries, rule, tile, (keys, ()))
+    return _attend_sets(queries, rule, tile, (keys, rule, tile))
 
 
 def attend_sets(
-    queries: Queries, rule: Rule, tile: int | tuple[int, int], *seen: tuple[Keys, Pattern]
+    queries: Queries,
+    rule: Rule,
+    tile: int,
+    *seen: tuple[Keys, Pattern],
+    key_tiles: tuple[int, ...] = (),
 ) -> tuple[Array, Array]:
     """One softmax over several sets of keys, each behind a pattern of its own, which together show
-    a query no token twice. ``tile`` bounds the tokens per tile, or those of queries and of keys.
+    a query no token twice.
 
+    ``tile`` bounds the tokens per tile; with ``key_tiles``, one for each set, only of queries.
     Returns ``out`` and ``lse`` as `attend` does, and serves what it serves by itself: no taps on
     logits or probabilities, no rule in which a query must meet all its keys at once. The cost is
     the sum over the sets.
     """
-    return _attend_sets(queries, rule, tile, *((keys, (pattern,)) for keys, pattern in seen))
+    limits = key_tiles or (tile,) * len(seen)
+    sets = ((k, rule.restrict(pattern), limit) for (k, pattern), limit in zip(seen, limits))
+    return _attend_sets(queries, rule, tile, *sets)
 
 
 def _attend_sets(
-    queries: Queries,
-    rule: Rule,
-    tile: int | tuple[int, int] | None,
-    *seen: tuple[Keys, tuple[Pattern, ...]],
+    queries: Queries, rule: Rule, limit: int | None, *seen: tuple[Keys, Rule, int | None]
 ) -> tuple[Array, Array]:
     report_use("blockwise", "XLA")
     queries = queries.cleared()
     B, N, H, _ = queries.q.shape
-    q_limit, k_limit = tile if isinstance(tile, tuple) else (tile, tile)
-    q_tile = tile_size(N, B * H, q_limit)
+    q_tile = tile_size(N, B * H, limit)
     asking = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
-    sets = (
-        _tiled(k, dataclasses.replace(rule, patterns=rule.patterns + p), B * H, k_limit)
-        for k, p in seen
-    )
+    sets = (_tiled(keys, shown, B * H, k_limit) for keys, shown, k_limit in seen)
     q = _head_tiles(rule.rotate(queries.q, queries.pos, "query"), q_tile)
     out, lse = _attend(rule, q, tuple(sets), asking)
     out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]

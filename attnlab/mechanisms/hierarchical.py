@@ -87,7 +87,8 @@ class Hierarchical(Mechanism):
             return self.reference(params, queries, keys, rule, state)
         tile = segments.tile_of(2 * self.block)
         levels = self._levels(keys, pooling.mean)
-        out, lse = blockwise.attend_sets(queries, rule, (2 * tile, tile), *levels)
+        tiles = (tile, *[max(16, self.block)] * (len(levels) - 1))
+        out, lse = blockwise.attend_sets(queries, rule, 2 * tile, *levels, key_tiles=tiles)
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
