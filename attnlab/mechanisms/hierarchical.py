@@ -30,9 +30,12 @@ class Neighbours(Pattern):
         return ((step == -1) & (q_late | ~k_late)) | ((step == 1) & (~q_late | k_late))
 
     def reaches(self, q_low, q_high, k_low, k_high):
-        return (k_high // self.size >= q_low // self.size - 1) & (
-            k_low // self.size <= q_high // self.size + 1
-        )
+        # In halves of blocks: 2 away, or 3 back from a late half, 3 on from an early one.
+        low, high, first, last = (pos // (self.size // 2) for pos in (q_low, q_high, k_low, k_high))
+        both = high > low
+        before = (high - first >= 2) & (low - last <= 2 + (both | (low % 2 == 1)))
+        behind = (last - low >= 2) & (first - high <= 2 + (both | (low % 2 == 0)))
+        return before | behind
 
 
 @dataclass(frozen=True)
