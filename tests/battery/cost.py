@@ -61,12 +61,12 @@ def check_declared_state(case: Case) -> None:
 
 
 def check_counted_flops(case: Case, length: int = 1024, kv_heads: int = 1) -> None:
-    """`flops` is what a forward pass executes, give or take a fifth, with tiles so fine that their
-    borders do not matter."""
+    """`flops` is what a forward pass executes: no less, and no more than a fifth more, which is for
+    the borders of fine tiles."""
     inputs, promised = counted(case, length, kv_heads)
     with mock.patch.object(blockwise, "tile_size", return_value=FINE):
         done = counting.count(lambda z: attend(case, z).out, inputs)
-    assert abs(done / promised - 1) < 0.2, f"executes {done:.4g}, promises {promised:.4g}"
+    assert 0.95 < done / promised < 1.2, f"executes {done:.4g}, promises {promised:.4g}"
 
 
 def check_counted_gradient(case: Case, length: int = 1024, kv_heads: int = 1) -> None:
@@ -81,7 +81,7 @@ def check_counted_gradient(case: Case, length: int = 1024, kv_heads: int = 1) ->
 
 def counted(case: Case, length: int, kv_heads: int) -> tuple[Inputs, float]:
     """One sequence of an unmarked text, and its `flops`."""
-    dims = Dims(width=128, heads=4, kv_heads=kv_heads, key_dim=32, value_dim=32)
+    dims = Dims(width=256, heads=4, kv_heads=kv_heads, key_dim=64, value_dim=64)
     inputs = draw(case, 1, length, dims)
     if case.mechanism.marked:
         inputs = inputs._replace(unit=np.zeros_like(inputs.pos))
