@@ -482,8 +482,13 @@ class Mechanism:
         return None
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        """Floating-point operations of one forward pass over one sequence, projections apart
-        (a multiply-add counts two; pairs that the mask hides are not counted)."""
+        """Floating-point operations of the outputs of one forward pass over one sequence.
+
+        Those of matrix products, a multiply-add for two; what is done entry by entry (exp, gates,
+        means), projections, losses and statistics are not counted, nor are pairs that the mask
+        hides. Blocks of the mechanism's own (chunks of a recurrence, buckets, windows of a search)
+        count whole, as they are computed; tiles, which an engine chooses by shape, do not.
+        """
         raise NotImplementedError
 
     @classmethod

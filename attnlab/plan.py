@@ -5,7 +5,10 @@ that training and sampling would make, activations from those the backward pass 
 """
 
 import dataclasses
+import itertools
 import os
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,19 +27,29 @@ from attnlab.statistics import merge, split
 from attnlab.step import init_state, token_losses
 
 
+class Layers(NamedTuple):
+    """``count`` layers of one mechanism, and of each of them ``flops`` of training per token, its
+    projections apart, and bytes of ``decoding`` memory per sequence of the training length."""
+
+    count: int
+    flops: float
+    decoding: int
+
+
 class Estimate(NamedTuple):
     """Learned ``parameters`` by part ("embedding", "layer_0", ..., whatever else the model has);
     numbers ``measured`` in training (see `attnlab.statistics`);
     ``matmul_flops`` and ``attention_flops`` of training per token (forward, and twice that for the
-    backward pass); bytes of ``decoding`` memory per sequence of the training length; bytes on each
-    device that are ``fixed`` (parameters, gradients, optimizer, carried memory) and of
-    ``activations``."""
+    backward pass), bytes of ``decoding`` memory per sequence of the training length, and both for
+    the ``layers`` of each mechanism, by its name in the config; bytes on each device that are
+    ``fixed`` (parameters, gradients, optimizer, carried memory) and of ``activations``."""
 
     parameters: dict[str, int]
     measured: int
     matmul_flops: float
     attention_flops: float
     decoding: int
+    layers: dict[str, Layers]
     fixed: int
     activations: int
 
@@ -70,27 +83,38 @@ def estimate_cost(config: ConfigDict, vocab_size: int, devices: int = 1, fsdp: i
     Activations are what autodiff keeps of one part of the batch, before XLA fuses any of it away.
     """
     model = model_of(config, vocab_size)
-    a, mechanisms, length = model.architecture, model.mechanisms, config.task.length
+    a, length = model.architecture, config.task.length
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))
     learned, measured = split(state.params)
     parts = {name: _count(part) for name, part in learned["backbone"].items()}
     parts |= {name: _count(part) for name, part in learned.items() if name != "backbone"}
     multiplied = sum(parts.values()) - (0 if a.tied else parts["embedding"])
-    attention = sum(m.flops(a.dims, length, a.causal) for m in mechanisms) / length
-    memory = jax.eval_shape(lambda: initial_memory(a, mechanisms, 1, length))
+    layers = _layers(model, config.attention.name.split("+"), length)
     gradients = _size(learned) * (2 if config.optimizer.accumulate > 1 else 1)
     rows = config.task.batch // config.optimizer.accumulate
     return Estimate(
         parameters=parts,
         measured=_count(measured),
         matmul_flops=6.0 * multiplied,
-        attention_flops=3.0 * attention,
-        decoding=_size(memory),
+        attention_flops=sum(each.count * each.flops for each in layers.values()),
+        decoding=sum(each.count * each.decoding for each in layers.values()),
+        layers=layers,
         fixed=(_size(state._replace(memory=())) + gradients) // fsdp
         + _size(state.memory) // devices,
         activations=_residuals(model, state.params, rows, length) // devices,
     )
+
+
+def _layers(model: Transformer, names: Sequence[str], length: int) -> dict[str, Layers]:
+    """The layers of each mechanism; ``names`` are those of one cycle."""
+    a, layers = model.architecture, {}
+    for name, mechanism in zip(itertools.cycle(names), model.mechanisms):
+        flops = 3.0 * mechanism.flops(a.dims, length, a.causal) / length
+        memory = jax.eval_shape(partial(initial_memory, a, (mechanism,), 1, length))
+        count = layers[name].count if name in layers else 0
+        layers[name] = Layers(count + 1, flops, _size(memory))
+    return layers
 
 
 def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int) -> str:
@@ -108,6 +132,8 @@ def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int
          + (f"; {e.measured:,} more are measured" if e.measured else "")),
         ("FLOPs", f"{_si(flops)} per training token (attention {e.attention_flops / flops:.1%}), "
          f"{_si(flops * step * steps)} for the run"),
+        *(("", f"{name} ({each.count} x): {_si(each.flops)} per training token, "
+           f"{_bytes(each.decoding)} to decode") for name, each in e.layers.items()),
         ("decoding", f"{_bytes(e.decoding)} per sequence of {task.length:,} tokens"),
         ("memory", f"about {_bytes(need)} to train: parameters, gradients, optimizer "
          f"{_bytes(e.fixed)}, activations {_bytes(e.activations)}; a device has "

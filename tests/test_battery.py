@@ -1,5 +1,7 @@
 """Every registered mechanism keeps every promise with every position; see `battery`."""
 
+from functools import partial
+
 import pytest
 from battery import (
     agreement,
@@ -12,7 +14,15 @@ from battery import (
     transforms,
     weighing,
 )
-from battery.cases import first_of_each, key_of, one_each, pairs, weighed, weighed_in_turn
+from battery.cases import (
+    as_shipped,
+    first_of_each,
+    key_of,
+    one_each,
+    pairs,
+    weighed,
+    weighed_in_turn,
+)
 from battery.refusal import verify
 
 ALWAYS = (
@@ -29,6 +39,7 @@ CHEAP = (
     isolation.check_empty_slots,
     isolation.check_batch_rows,
     cost.check_declared_growth,
+    cost.check_declared_state,
     experiment.check_config,
 )
 """Checked on the first example of every mechanism: they share what `ALWAYS` has compiled."""
@@ -143,3 +154,22 @@ def test_normalisers_further(check, case):
 @pytest.mark.parametrize("case", cases(first_of_each(), []))
 def test_measured_memory(case):
     verify(cost.check_measured_memory, case)
+
+
+@pytest.mark.parametrize("case", cases(as_shipped(), as_shipped()))
+def test_counted_flops(case):
+    verify(cost.check_counted_flops, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(as_shipped(), []))
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_counted_flops_at_three_lengths(kv_heads, case):
+    for length in cost.LENGTHS:
+        verify(partial(cost.check_counted_flops, length=length, kv_heads=kv_heads), case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(as_shipped(), []))
+def test_counted_gradients(case):
+    verify(cost.check_counted_gradient, case)

@@ -55,6 +55,18 @@ def test_decoding_memory_is_all_keys_or_the_mechanisms_own_state():
     assert window == longer < softmax
 
 
+def test_every_mechanism_has_its_share():
+    estimate = estimate_cost(small("window+softmax+window", "model.layers=5"), VOCAB)
+    window, softmax = estimate.layers["window"], estimate.layers["softmax"]
+    assert (window.count, softmax.count) == (3, 2)
+    alone = {name: estimate_cost(small(name), VOCAB) for name in estimate.layers}
+    for name, each in estimate.layers.items():
+        assert 2 * each.flops == alone[name].attention_flops
+        assert 2 * each.decoding == alone[name].decoding
+    assert estimate.attention_flops == 3 * window.flops + 2 * softmax.flops
+    assert estimate.decoding == 3 * window.decoding + 2 * softmax.decoding
+
+
 def test_training_memory_falls_with_accumulation_and_remat():
     plain = estimate_cost(small(), VOCAB)
     adam = 4 * 4 * sum(plain.parameters.values())
@@ -96,7 +108,8 @@ def test_the_plan_is_printed_without_compiling(corpus, capsys):
     jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
     assert compiled, "the listener hears compilations"
     out = capsys.readouterr().out
-    for word in ("parameters", "FLOPs", "decoding", "memory", "1,000 of 8 x 32", "epochs"):
+    shares = "window (1 x)", "softmax (1 x)"
+    for word in ("parameters", "FLOPs", *shares, "decoding", "memory", "1,000 of 8 x 32", "epochs"):
         assert word in out
     assert "warning" not in out
 

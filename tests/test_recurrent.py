@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from battery.calls import assert_close, assert_finite
 
+from attnlab.core import Dims
 from attnlab.engines import recurrent
 
 B, N, H, G, D, E = 2, 29, 4, 2, 3, 5
@@ -164,7 +165,10 @@ def test_the_backward_pass_keeps_boundaries_only():
     assert (residuals(256) - residuals(128)) / 128 < inputs + 2 * boundaries
 
 
-def test_operations_are_counted_once():
-    """Four chunks of eight: 36 pairs each, and one read and one write of the memory a token."""
-    wanted = 2 * 3 * (4 * 36 * (5 + 7) + 32 * 2 * 5 * 7)
-    assert recurrent.count_flops(32, 8, 3, 5, 7) == wanted
+@pytest.mark.parametrize(("along_axis", "pairs"), [(False, 64), (True, 28)])
+def test_operations_are_counted_once(along_axis, pairs):
+    """Four chunks of eight: whole tables or halves of halves, and for every token four reads of the
+    memory and two writes."""
+    wanted = 2 * (4 * 4 * pairs * (5 + 7) + 32 * (4 + 2) * 5 * 7)
+    dims = Dims(1, heads=4, kv_heads=2, key_dim=5, value_dim=7)
+    assert recurrent.count_flops(dims, 32, 8, along_axis=along_axis) == wanted

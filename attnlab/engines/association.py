@@ -133,6 +133,13 @@ def read(chunk: Chunk, q: Array, w: Array | None) -> Array:
     return out + jnp.einsum("bgrcj,bjge->bcgre", score, w)
 
 
+def count_reads(dims: Dims, length: int, chunk: int) -> float:
+    """Operations of `read` for all tokens: from both matrices and, masked or not, their chunk."""
+    columns, chunk = dims.value_dim + 1, min(chunk, length)
+    each = 2 * dims.key_dim * columns + chunk * (dims.key_dim + columns)
+    return 2.0 * dims.heads * length * each
+
+
 def _step(write: Write, memory: Memory, t: Tokens) -> tuple[Memory, Array]:
     full = t.seg >= 0
     going = full & (t.seg == memory.seg[:, None])

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab.core import MASK, Array, Keys, Queries, Rule
+from attnlab.core import MASK, Array, Dims, Keys, Queries, Rule
 from attnlab.engines import report_use
 
 CHUNK = 256
@@ -94,6 +94,16 @@ def read(
     out = jnp.moveaxis(out, 0, 1).reshape(B, -1, H, out.shape[-1])[:, :N]
     lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
     return (out.astype(queries.q.dtype), lse), carry
+
+
+def count_flops(dims: Dims, length: int, segment: int, slots: int) -> float:
+    """Operations of `read`. A chunk may meet the slots of two segments and those of a document that
+    begins in it: its tokens look at all three, and it writes for the first two."""
+    H, G, D, E = dims[1:]
+    chunks = -(-length // min(length, segment, CHUNK))
+    tokens = length * slots * H * (3 * (D + E) + D + 2 * E)
+    rewriting = chunks * slots * H * (slots * (D + E) + E * G * (D + E))
+    return 2.0 * (tokens + rewriting)
 
 
 def _chunk(params, rule: Rule, start: Slots, carry: Carry, q, k, v, seg, block):

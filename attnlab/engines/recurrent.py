@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab.core import Array, count_pairs
+from attnlab.core import Array, Dims
 from attnlab.engines import report_use, undecayed
 from attnlab.engines.undecayed import State, initial_state, latest_document, pad
 from attnlab.products import mixed, scores
@@ -98,13 +98,16 @@ def quotient(sums: Array) -> Array:
 
 
 def count_flops(
-    length: int, chunk: int, heads: int, key_dim: int, value_dim: int, causal: bool = True
+    dims: Dims, length: int, chunk: int, causal: bool = True, along_axis: bool = False
 ) -> float:
-    """Operations of `attend` (or `attend_both_ways`) over one sequence, of pairs not masked."""
-    chunks, rest = divmod(length, chunk)
-    pairs = chunks * count_pairs(chunk) + count_pairs(rest)
-    once = pairs * (key_dim + value_dim) + 2 * length * key_dim * value_dim
-    return 2.0 * heads * once * (1 if causal else 2)
+    """Operations of `attend` (or `attend_both_ways`) over one sequence: the table of a chunk is
+    computed whole, its halves (decays ``along_axis``) without the pairs that are masked; every head
+    reads the state, every kv head is written to."""
+    size = 1 << (min(chunk, length) - 1).bit_length()
+    pairs = length * ((size - 1) / 2 if along_axis else size)
+    sums = (dims.heads + dims.kv_heads) * length * dims.key_dim * dims.value_dim
+    once = dims.heads * pairs * (dims.key_dim + dims.value_dim) + sums
+    return 2.0 * once * (1 if causal else 2)
 
 
 def sums_since(decay: Array) -> Array:

@@ -46,6 +46,16 @@ def plan_runs(
     return Plan(token, slot, rank + (length + 1) * buckets), reach
 
 
+def count_pairs(length: int, count: int, run: int, causal: bool) -> int:
+    """Slots that meet in one round of `plan_runs`: tiles are computed whole, and each of ``count``
+    buckets may leave one unfilled."""
+    run = min(run, length)
+    chunk = min(length, max(8, -(-run // 4)))
+    tiles_back = -(-run // chunk)
+    slots = min(length * chunk, length + count * (chunk - 1))
+    return slots * chunk * (tiles_back + 1 + (0 if causal else tiles_back))
+
+
 def sort_tokens(queries: Queries, *labels: Array) -> tuple[Array, ...]:
     """Tokens by ``labels`` [R B H N], then document, then position: the labels in that order, the
     token at each rank, and the rank of each token."""

@@ -108,7 +108,7 @@ class BlockTopK(Mechanism):
         """Attention of every query to each of its blocks apart: out [κ B H N E], lse [κ B H N]."""
         B, H, N, chosen = choice.shape
         blocks = blocks_of(keys, rule, self.block)
-        tile = min(N * chosen, 128, max(8, self.block * chosen // 2))
+        tile = self._tile(N, chosen)
         groups = jax.vmap(jax.vmap(lambda z: group(z, blocks.pos.shape[1], tile)))(
             choice.reshape(B, H, -1)
         )
@@ -126,6 +126,10 @@ class BlockTopK(Mechanism):
         out, lse = (z.reshape(B, H, -1, *z.shape[4:])[*here, slot] for z in (out, lse))
         lse = jnp.where(choice >= 0, lse, MASK)
         return jnp.moveaxis(out, 3, 0), jnp.moveaxis(lse, 3, 0)
+
+    def _tile(self, queries: int, chosen: int) -> int:
+        """Pairs of a query and a block in a tile."""
+        return min(queries * chosen, 128, max(8, self.block * chosen // 2))
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         self._refuse(rule)
@@ -161,10 +165,11 @@ class BlockTopK(Mechanism):
         pairs = whole * count_pairs(self.block) + count_pairs(rest)
         few = min(whole, self.chosen)  # blocks that have so few behind them that they see all
         past = few * (few - 1) // 2 + (whole - few) * self.chosen
-        pairs += self.block * (past * self.block + min(whole, self.chosen) * rest)
-        scores = self.block * whole * (whole - 1) // 2 + whole * rest
-        attention = (dims.key_dim + dims.value_dim) * pairs
-        return 2.0 * dims.heads * (attention + dims.key_dim * scores)
+        past = past * self.block + few * rest
+        unfilled = self._tile(length, min(self.chosen, -(-length // self.block))) // 2
+        slots = past + whole * unfilled  # of its last tile, a block leaves half on average
+        attention = (dims.key_dim + dims.value_dim) * (pairs + slots * self.block)
+        return 2.0 * dims.heads * (attention + dims.key_dim * length * whole)
 
     @classmethod
     def examples(cls):

@@ -116,9 +116,8 @@ class Favor(Mechanism):
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         mapped = 2.0 * length * (dims.heads + dims.kv_heads) * dims.key_dim * self.features
-        return mapped + recurrent.count_flops(
-            length, self.chunk, dims.heads, self.features, dims.value_dim + 1, causal
-        )
+        sums = dims._replace(key_dim=self.features, value_dim=dims.value_dim + 1)
+        return mapped + recurrent.count_flops(sums, length, self.chunk, causal, along_axis=causal)
 
     @classmethod
     def examples(cls):

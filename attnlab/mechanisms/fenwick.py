@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab.core import Array, Cost, Dims, Mechanism, Result, Rule, count_pairs
+from attnlab.core import Array, Cost, Dims, Mechanism, Result, Rule
 from attnlab.engines import recurrent, report_use
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import rotated
@@ -115,11 +115,11 @@ class Fenwick(Mechanism):
         return Result(rule.tap("heads", out), state)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        H, D, E = dims.heads, dims.key_dim, dims.value_dim
-        chunks, rest = divmod(length, self.chunk)
-        pairs = chunks * count_pairs(self.chunk) + count_pairs(rest)
-        gates = length * dims.width * (H * self.levels + dims.kv_heads)
-        return 2.0 * (gates + H * pairs * (D + E) + 2 * H * length * self.levels * D * E)
+        H, G, D, E, L = dims.heads, dims.kv_heads, dims.key_dim, dims.value_dim, self.levels
+        size = min(self.chunk, length)
+        gates = length * dims.width * (H * L + G)
+        memories = (H + G) * length * L * D * E + G * length / size * L * L * D * E
+        return 2.0 * (gates + H * length * size * (D + E) + memories)
 
     @classmethod
     def examples(cls):

@@ -30,10 +30,12 @@ class Neighbours(Pattern):
         return ((step == -1) & (q_late | ~k_late)) | ((step == 1) & (~q_late | k_late))
 
     def reaches(self, q_low, q_high, k_low, k_high):
-        first, last = q_low // self.size, q_high // self.size
-        k_first, k_last = k_low // self.size, k_high // self.size
-        before = (k_first <= last - 1) & (k_last >= first - 1)
-        return before | ((k_first <= last + 1) & (k_last >= first + 1))
+        # In halves of blocks: 2 away, or 3 back from a late half, 3 on from an early one.
+        low, high, first, last = (pos // (self.size // 2) for pos in (q_low, q_high, k_low, k_high))
+        both = high > low
+        before = (high - first >= 2) & (low - last <= 2 + (both | (low % 2 == 1)))
+        behind = (last - low >= 2) & (first - high <= 2 + (both | (low % 2 == 0)))
+        return before | behind
 
 
 @dataclass(frozen=True)

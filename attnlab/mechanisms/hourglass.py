@@ -43,7 +43,7 @@ class Hourglass(Mechanism):
     their last position Jf. The published form shortens whole layers, with projections and MLP of
     their own, and adds the result to the residual; its causal shift is the one used here.
     Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
-    Cost: O(((N / f)² + N w f) (D + E)) time, O(N) memory; decoding keeps all keys. Raises
+    Cost: O(((N / f)² + N w f) (D + E) + N D²) time, O(N) memory; decoding keeps all keys. Raises
     `UserError` for factor < 1 or near < 1. Source: Nawrot et al., arXiv 2110.13711.
     """
 
@@ -128,8 +128,8 @@ class Hourglass(Mechanism):
         return dataclasses.replace(self, near=-(-length // self.factor))
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        pairs, groups = count_pairs(length, self.factor, self.near, causal)
-        asking = groups * dims.heads * dims.key_dim**2
+        pairs = count_pairs(length, self.factor, self.near, causal)
+        asking = length * dims.heads * dims.key_dim**2  # as many slots as if no token had company
         return 2.0 * dims.heads * (dims.key_dim + dims.value_dim) * pairs + 2.0 * asking
 
     @classmethod
@@ -143,8 +143,8 @@ def _ask(params, mean: Array, queries: Queries) -> Array:
     return jnp.einsum("bnhd,hde->bnhe", wide, params["query"]).astype(queries.q.dtype)
 
 
-def count_pairs(length: int, factor: int, near: int, causal: bool) -> tuple[int, int]:
-    """Pairs of a query and a token or of two groups, of one document, and the groups that ask."""
+def count_pairs(length: int, factor: int, near: int, causal: bool) -> int:
+    """Pairs of a query and a token or of two groups, of one document."""
     place = np.arange(length, dtype=np.int64)
     base = place // factor * factor
     low = np.maximum(0, base + 1 - near * factor)
@@ -156,4 +156,4 @@ def count_pairs(length: int, factor: int, near: int, causal: bool) -> tuple[int,
     if not causal:
         last = -(-(length - 1) // factor)
         pairs += int(np.sum(np.maximum(0, last - own - near - 1)))
-    return pairs, groups
+    return pairs

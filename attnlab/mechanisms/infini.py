@@ -29,9 +29,10 @@ class Infini(Mechanism):
     rotations and biases. The published delta rule divides by a normaliser that grows with every
     write, so that a key written twice is not overwritten; `infini_delta` overwrites it. Gradients
     flow through the memory. Shapes: queries [B N H D], keys [B N G D], values [B N G E] ->
-    [B N H E]; the memory [B G D E+1] is f32. Cost: O(N (segment (D + E) + D E)) time,
-    O(N (1 + D E / C)) memory with C = min(segment, 64); the state does not grow. Raises `UserError`
-    for a segment < 1, an unknown update, a bidirectional rule.
+    [B N H E]; the memory [B G D E+1] is f32. Cost: O(N ((segment + C) (D + E) + D E)) time in
+    chunks of C = min(segment, 64) tokens, which may begin anywhere in a segment and read two
+    matrices; O(N (1 + D E / C)) memory; the state does not grow. Raises `UserError` for a
+    segment < 1, an unknown update, a bidirectional rule.
     Source: Munkhdalai et al., arXiv 2404.07143.
     """
 
@@ -73,8 +74,11 @@ class Infini(Mechanism):
         return dataclasses.replace(self, segment=length)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        reads = dims.heads + dims.kv_heads * (1 + (self.update == "delta"))
-        return count_flops(dims, length, self.segment, reads)
+        counted = count_flops(dims, length, self.segment)
+        if self.update == "linear":
+            return counted
+        asks = dims._replace(heads=dims.kv_heads)
+        return counted + 2 * association.count_reads(asks, length, min(self.segment, 64))
 
     @classmethod
     def examples(cls):
@@ -178,12 +182,13 @@ UPDATES = {
 }
 
 
-def count_flops(dims: Dims, length: int, segment: int, reads: int) -> float:
-    """Local pairs, and ``reads`` vectors through a matrix for every token."""
+def count_flops(dims: Dims, length: int, segment: int) -> float:
+    """Operations of local pairs, and of reading and writing the memory."""
     whole, rest = divmod(length, segment)
     pairs = whole * count_pairs(segment) + count_pairs(rest)
     local = 2.0 * dims.heads * (dims.key_dim + dims.value_dim) * pairs
-    return local + 2.0 * length * reads * dims.key_dim * (dims.value_dim + 1)
+    written = 4.0 * dims.kv_heads * length * dims.key_dim * (dims.value_dim + 1)
+    return local + written + association.count_reads(dims, length, min(segment, 64))
 
 
 def _refuse(rule: Rule) -> None:

@@ -65,7 +65,9 @@ class InfiniDelta(Mechanism):
         return dataclasses.replace(self, segment=length)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        return count_flops(dims, length, self.segment, dims.heads + 2 * dims.kv_heads)
+        chunk, columns = min(self.segment, 64, length), dims.value_dim + 1
+        known = dims.key_dim * (chunk + columns) + chunk * columns / 2  # the last is half a matrix
+        return count_flops(dims, length, self.segment) + 2.0 * dims.kv_heads * length * known
 
     @classmethod
     def examples(cls):

@@ -31,8 +31,9 @@ class KnnMemory(Mechanism):
     head; g is 0 while the store is empty. The search is exact, within the row and the document.
     Keys in the store carry no position; the local part takes rotations and biases. Meant for one
     layer of several. Shapes: queries [B N H D], keys [B N G D], values [B N G E] -> [B N H E].
-    Cost: O(N (segment + memory) (D + E)) time, O(N) memory; the state holds the newest memory +
-    segment − 1 tokens. Raises `UserError` for sizes < 1 or a bidirectional rule.
+    Cost: O(N (segment + memory) (D + E)) time, O(N) memory: queries that search together meet all
+    that any of them may see. The state holds the newest memory + segment − 1 tokens. Raises
+    `UserError` for sizes < 1 or a bidirectional rule.
     Source: Wu et al., arXiv 2203.08913.
     """
 
@@ -91,7 +92,8 @@ class KnnMemory(Mechanism):
         return dataclasses.replace(self, segment=length)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        pairs = segments.count_pairs(length, self.segment, self.memory)
+        window = self.memory + self.segment - 1 + min(CHUNK, length)
+        pairs = segments.count_pairs(length, self.segment, 0) + length * min(length, window)
         return 2.0 * dims.heads * (dims.key_dim + dims.value_dim) * pairs
 
     @classmethod

@@ -73,9 +73,8 @@ class Linear(Mechanism):
         return elu_plus_one(q), elu_plus_one(k)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        return recurrent.count_flops(
-            length, self.chunk, dims.heads, dims.key_dim, dims.value_dim + 1, causal
-        )
+        weighed = dims._replace(value_dim=dims.value_dim + 1)
+        return recurrent.count_flops(weighed, length, self.chunk, causal)
 
     @classmethod
     def examples(cls):

@@ -103,10 +103,10 @@ class Linformer(Mechanism):
         return q * scale, k, keys.cleared().v.astype(jnp.float32), mix_k, mix_v
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        def sums(key_dim: int, value_dim: int) -> float:
-            return recurrent.count_flops(length, self.chunk, dims.heads, key_dim, value_dim, False)
-
-        return sums(dims.key_dim, self.rank) + sums(self.rank, dims.value_dim)
+        return sum(
+            recurrent.count_flops(each, length, self.chunk, causal=False)
+            for each in (dims._replace(value_dim=self.rank), dims._replace(key_dim=self.rank))
+        )
 
     @classmethod
     def examples(cls):

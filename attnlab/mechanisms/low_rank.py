@@ -95,8 +95,11 @@ class LowRank(Mechanism):
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         factors = 2.0 * length * (dims.heads + dims.kv_heads) * dims.key_dim * self.rank
-        return factors + recurrent.count_flops(
-            length, self.chunk, dims.heads, self.rank, dims.value_dim + 1, causal
+        totals = Dims(dims.width, dims.kv_heads, dims.kv_heads, 1, self.rank)
+        columns = dims._replace(key_dim=self.rank)
+        return factors + sum(
+            recurrent.count_flops(each, length, self.chunk, causal, along_axis=causal)
+            for each in (totals, columns)
         )
 
     @classmethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import Array, Cost, Dims, Mechanism, Result, count_pairs
+from attnlab.core import Array, Cost, Dims, Mechanism, Result
 from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser, refuse_taps
@@ -125,8 +125,7 @@ class Lsh(Mechanism):
         return queries, keys, hash_directions(u, self.rounds, self.buckets, key)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        near = self.rounds * count_pairs(length, self.length + 1, causal)
-        pairs = min(near, count_pairs(length, None, causal))
+        pairs = self.rounds * sorting.count_pairs(length, self.buckets, self.length, causal)
         hashing = sum(factors(self.buckets)) // 2 * self.rounds * length * dims.key_dim
         return 2.0 * dims.heads * ((dims.key_dim + dims.value_dim) * pairs + hashing)
 

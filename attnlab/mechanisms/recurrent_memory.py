@@ -40,9 +40,10 @@ class RecurrentMemory(Mechanism):
     document that the memory has seen. The published form puts the memory tokens before and behind
     the segment at the input of a whole model, so that they pass through all layers; this is its
     recurrence inside one layer, with every layer's slots its own. Shapes: queries [B N H D], keys
-    [B N G D], values [B N G E] -> [B N H E]. Cost: O(N (segment + slots) (D + E)) time, O(N)
-    memory; the state holds the slots and the newest ``segment`` tokens. Raises `UserError` for a
-    segment < 1, slots < 0, a bidirectional rule. Source: Bulatov et al., arXiv 2207.06881.
+    [B N G D], values [B N G E] -> [B N H E]. Cost: O(N (segment + 3 slots) (D + E)) time, as three
+    sets of slots may be read in a chunk; O(N) memory; the state holds the slots and the newest
+    ``segment`` tokens. Raises `UserError` for a segment < 1, slots < 0, a bidirectional rule.
+    Source: Bulatov et al., arXiv 2207.06881.
     """
 
     segment: int = 256
@@ -141,12 +142,9 @@ class RecurrentMemory(Mechanism):
         return dataclasses.replace(self, segment=length, slots=0)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        whole = length // self.segment
-        pairs = segments.count_pairs(length, self.segment, 0)
-        pairs += 2 * length * self.slots + whole * self.slots**2
         sizes = dims.key_dim + dims.value_dim
-        project = whole * self.slots * dims.heads * dims.value_dim * dims.kv_heads * sizes
-        return 2.0 * dims.heads * sizes * pairs + 2.0 * project
+        local = 2.0 * dims.heads * sizes * segments.count_pairs(length, self.segment, 0)
+        return local + memory_slots.count_flops(dims, length, self.segment, self.slots)
 
     @classmethod
     def examples(cls):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import Array, Cost, Dims, Mechanism, Result, count_pairs
+from attnlab.core import Array, Cost, Dims, Mechanism, Result
 from attnlab.engines import bucketed, rings, sorting, union
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser, refuse_taps
@@ -148,7 +148,7 @@ class Routing(Mechanism):
         return queries._replace(q=q.astype(dtype)), keys._replace(k=u.astype(dtype)), cluster, aux
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        pairs = count_pairs(length, self.length + 1, causal)
+        pairs = sorting.count_pairs(length, self.clusters, self.length, causal)
         routing = length * self.clusters * dims.key_dim
         return 2.0 * dims.heads * ((dims.key_dim + dims.value_dim) * pairs + routing)
 

@@ -99,7 +99,9 @@ class Slots(Mechanism):
         return Result(rule.tap("heads", out.astype(queries.q.dtype)), state)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        return count_flops(dims, length, self.slots, self.chunk)
+        totals = Dims(dims.width, dims.kv_heads, dims.kv_heads, 1, self.slots)
+        counted = recurrent.count_flops(totals, length, self.chunk, along_axis=True)
+        return counted + count_flops(dims, length, self.slots, self.chunk)
 
     @classmethod
     def examples(cls):
@@ -127,8 +129,10 @@ def probabilities(z: Array, written: Array) -> Array:
 def count_flops(dims: Dims, length: int, slots: int, chunk: int) -> float:
     """Operations of writing and of two reads of the slots."""
     gates = 2.0 * length * dims.width * dims.kv_heads * slots
-    logits = recurrent.count_flops(length, chunk, dims.heads, dims.key_dim, slots)
-    return gates + logits + recurrent.count_flops(length, chunk, dims.heads, slots, dims.value_dim)
+    return gates + sum(
+        recurrent.count_flops(each, length, chunk, along_axis=True)
+        for each in (dims._replace(value_dim=slots), dims._replace(key_dim=slots))
+    )
 
 
 def _log_write(params, x: Array | None) -> Array:

@@ -96,6 +96,12 @@ def first_of_each() -> list[Case]:
     return [first[name] for name in mechanisms.names()]
 
 
+def as_shipped() -> list[Case]:
+    """Every mechanism with its default options, without positions."""
+    nowhere = positions.get("none")()
+    return [Case(mechanisms.get(name)(), nowhere) for name in mechanisms.names()]
+
+
 def pairs() -> list[Case]:
     """The first example of every mechanism with every position."""
     return [

@@ -1,18 +1,33 @@
-"""Declared growth is real growth: counted, and measured in a process of its own."""
+"""Declared growth is real growth: counted, and measured in a process of its own. Declared FLOPs are
+those that programs execute."""
 
+import itertools
 import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
+import jax
 import numpy as np
 
 import attnlab
-from attnlab.core import Mechanism
-from battery.cases import BATCH, DIMS, Case, key_of
+from attnlab.core import Dims, Mechanism
+from attnlab.engines import blockwise
+from attnlab.model import initial_memory
+from battery import counting
+from battery.calls import attend, cotangent_of, evaluate
+from battery.cases import BATCH, DIMS, Case, Inputs, draw, key_of
+from battery.network import network_of
 
 FAR = 2**17
 """A length at which the leading term decides."""
+
+LENGTHS = (512, 1024, 2048)
+"""Where FLOPs are counted."""
+
+FINE = 4
+"""Tokens of a tile that hardly reaches beyond what the mask leaves."""
 
 
 def check_declared_growth(case: Case) -> None:
@@ -28,6 +43,49 @@ def check_declared_growth(case: Case) -> None:
     assert mechanism.flops(DIMS, FAR) <= mechanism.flops(DIMS, FAR, causal=False)
     compact = mechanism.initial_state(DIMS, BATCH) != () and not mechanism.recalls
     assert compact == (cost.state < 1)
+
+
+def check_declared_state(case: Case) -> None:
+    """What decoding remembers grows with the exponent ``cost.state``, between three lengths."""
+    architecture = network_of(case).architecture
+
+    def bytes_of(length: int) -> int:
+        arrays = jax.eval_shape(
+            lambda: initial_memory(architecture, (case.mechanism,), BATCH, length)
+        )
+        return sum(z.size * z.dtype.itemsize for z in jax.tree.leaves(arrays))
+
+    used = [bytes_of(n) for n in (FAR, 2 * FAR, 4 * FAR)]
+    exponents = [math.log2(b / a) for a, b in itertools.pairwise(used)]
+    assert np.allclose(exponents, case.mechanism.cost.state, atol=0.05)
+
+
+def check_counted_flops(case: Case, length: int = 1024, kv_heads: int = 1) -> None:
+    """`flops` is what a forward pass executes: no less, and no more than a fifth more, which is for
+    the borders of fine tiles."""
+    inputs, promised = counted(case, length, kv_heads)
+    with mock.patch.object(blockwise, "tile_size", return_value=FINE):
+        done = counting.count(lambda z: attend(case, z).out, inputs)
+    assert 0.95 < done / promised < 1.2, f"executes {done:.4g}, promises {promised:.4g}"
+
+
+def check_counted_gradient(case: Case, length: int = 1024, kv_heads: int = 1) -> None:
+    """Forward and backward pass execute some three times `flops`: two products for each one of the
+    forward pass, less where nothing flows back, and at most one more where it is done again."""
+    inputs, promised = counted(case, length, kv_heads)
+    cotangent = jax.numpy.asarray(cotangent_of(inputs))
+    with mock.patch.object(blockwise, "tile_size", return_value=FINE):
+        done = counting.count(lambda z: evaluate(case, z, cotangent, own_loss=False), inputs)
+    assert 2.5 < done / promised < 4.2, f"executes {done:.4g}, promises {promised:.4g} forward"
+
+
+def counted(case: Case, length: int, kv_heads: int) -> tuple[Inputs, float]:
+    """One sequence of an unmarked text, and its `flops`."""
+    dims = Dims(width=256, heads=4, kv_heads=kv_heads, key_dim=64, value_dim=64)
+    inputs = draw(case, 1, length, dims)
+    if case.mechanism.marked:
+        inputs = inputs._replace(unit=np.zeros_like(inputs.pos))
+    return inputs, case.mechanism.flops(dims, length, case.causal)
 
 
 def check_measured_memory(case: Case, lengths: tuple[int, ...] = (4096, 8192, 16384)) -> None:
