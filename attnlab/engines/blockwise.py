@@ -13,15 +13,14 @@ Source: Milakov & Gimelshein, arXiv 1805.02867; Rabe & Staats, 2112.05682; Dao e
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
-from attnlab.engines import dense, report_use, rowwise
+from attnlab.engines import dense, kernels, report_use, rowwise
+from attnlab.engines.tiling import Spans, Tokens, cut, reach, spans
 from attnlab.products import collected, mixed, scores
 
 BEFORE = np.int32(-1)
@@ -40,35 +39,50 @@ def attend(
     the dtype of the queries and ``lse`` [B H N] f32 (`MASK` for an empty row), so that parts over
     different keys can be merged. Cost: O(visited pairs) time, O(N + M) memory. A rule whose taps
     want whole logits or probabilities is served by `dense`, one in which a query must meet all its
-    keys at once by `rowwise`.
+    keys at once by `rowwise`, and one that asks for kernels by `kernels.attention` if it can.
     """
     if rule.observed:
         out, lse, _ = dense.attend(queries, keys, rule)
         return out, lse
     if rule.whole:
         return rowwise.attend(queries, keys, rule)
-    report_use("blockwise", "XLA")
+    form = kernels.choose(rule, queries, keys, tile)
+    report_use("blockwise", str(form))
     queries, keys = queries.cleared(), keys.cleared()
-    B, N, H, _ = queries.q.shape
-    M = keys.k.shape[1]
-    q_tile, k_tile = tile_size(N, B * H, tile), tile_size(M, B * H, tile)
-    seen_by = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
-    log_count = keys.log_count
-    log_count = None if log_count is None else _tiles(log_count, k_tile, 0)
-    seen = Tokens(_tiles(keys.pos, k_tile, 0), _tiles(keys.seg, k_tile, -1), log_count)
-    out, lse = _attend(
-        rule,
-        _head_tiles(rule.rotate(queries.q, queries.pos, "query"), q_tile),
-        _head_tiles(rule.rotate(keys.k, keys.pos, "key"), k_tile),
-        _head_tiles(keys.v, k_tile),
-        seen_by,
-        seen,
-    )
-    out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]
-    lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
+    queries = queries._replace(q=rule.rotate(queries.q, queries.pos, "query"))
+    keys = keys._replace(k=rule.rotate(keys.k, keys.pos, "key"))
+    if form.module:
+        from attnlab.engines.kernels import attention  # Pallas, which most runs never load
+
+        out, lse = attention.attend(form, queries, keys, rule)
+    else:
+        out, lse = _attend_in_tiles(queries, keys, rule, tile)
     share = rule.normaliser.share(lse)
     out = out if share is None else out * share.swapaxes(1, 2)[..., None]
     return rule.tap("heads", out.astype(queries.q.dtype)), lse
+
+
+def _attend_in_tiles(
+    queries: Queries, keys: Keys, rule: Rule, tile: int | None
+) -> tuple[Array, Array]:
+    """`attend` in XLA, of queries and keys that are cleared and rotated; ``out`` is f32."""
+    B, N, H, _ = queries.q.shape
+    M = keys.k.shape[1]
+    q_tile, k_tile = tile_size(N, B * H, tile), tile_size(M, B * H, tile)
+    asking = Tokens(cut(queries.pos, q_tile, 0), cut(queries.seg, q_tile, -1))
+    log_count = keys.log_count
+    log_count = None if log_count is None else cut(log_count, k_tile, 0)
+    answering = Tokens(cut(keys.pos, k_tile, 0), cut(keys.seg, k_tile, -1), log_count)
+    out, lse = _attend(
+        rule,
+        _head_tiles(queries.q, q_tile),
+        _head_tiles(keys.k, k_tile),
+        _head_tiles(keys.v, k_tile),
+        asking,
+        answering,
+    )
+    out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]
+    return out, jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
 
 
 def tile_size(length: int, rows: int, limit: int | None = None) -> int:
@@ -84,71 +98,9 @@ def even_tile(length: int, limit: int) -> int:
     return tile if tile <= 8 or tile == length else min(limit, -(-tile // 8) * 8)
 
 
-class Tokens(NamedTuple):
-    """Positions and segments of tiled tokens, [tiles B tile] int32 each, and what is added to the
-    logits of each key, f32 or None."""
-
-    pos: Array
-    seg: Array
-    log_count: Array | None = None
-
-    def at(self, i: Array) -> Tokens:
-        """One tile."""
-        return jax.tree.map(lambda z: lax.dynamic_index_in_dim(z, i, 0, keepdims=False), self)
-
-    def added(self, rule: Rule, q_pos: Array, q_seg: Array) -> Array:
-        """What is added to the logits of the queries of a tile with these keys: f32 [B 1 n m],
-        `MASK` where a key is not seen. Computed once for all heads."""
-        seen = rule.visible(q_pos, q_seg, self.pos, self.seg)
-        counts = 0.0 if self.log_count is None else self.log_count[:, None]
-        return lax.optimization_barrier(jnp.where(seen, counts, MASK))[:, None]
-
-
-class Spans(NamedTuple):
-    """Lowest and highest segment and position of the full slots of each tile: [tiles B] int32."""
-
-    seg_low: Array
-    seg_high: Array
-    pos_low: Array
-    pos_high: Array
-
-
-def spans(tokens: Tokens) -> Spans:
-    """The `Spans` of tiled tokens; a tile without a full slot has low > high."""
-    full, far = tokens.seg >= 0, jnp.iinfo(jnp.int32).max
-
-    def bounds(values: Array) -> tuple[Array, Array]:
-        low = jnp.min(jnp.where(full, values, far), -1)
-        return low, jnp.max(jnp.where(full, values, -far), -1)
-
-    return Spans(*bounds(tokens.seg), *bounds(tokens.pos))
-
-
-def reach(rule: Rule, queries: Spans, keys: Spans) -> Array:
-    """Which key tile holds a key that some query of a query tile may see: bool [n_q n_k],
-    conservative (True where only the bounds of positions and segments overlap)."""
-    asking, answering = Spans(*(z[:, None] for z in queries)), Spans(*(z[None] for z in keys))
-    near = asking.seg_low <= answering.seg_high
-    near &= answering.seg_low <= asking.seg_high
-    if rule.causal:
-        near &= answering.pos_low <= asking.pos_high
-    for pattern in rule.patterns:
-        near &= pattern.reaches(
-            asking.pos_low, asking.pos_high, answering.pos_low, answering.pos_high
-        )
-    return jnp.any(near, -1)
-
-
-def _tiles(z: Array, tile: int, fill: int) -> Array:
-    """[B N ...] -> [tiles B tile ...], padded with ``fill``."""
-    B, N = z.shape[:2]
-    z = jnp.pad(z, [(0, 0), (0, -N % tile)] + [(0, 0)] * (z.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(z.reshape(B, -1, tile, *z.shape[2:]), 1, 0)
-
-
 def _head_tiles(z: Array, tile: int) -> Array:
     """[B N heads D] -> [tiles B heads tile D]."""
-    return jnp.swapaxes(_tiles(z, tile, 0), 2, 3)
+    return jnp.swapaxes(cut(z, tile, 0), 2, 3)
 
 
 def _next(near: Array, i: Array) -> Array:
