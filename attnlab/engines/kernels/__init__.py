@@ -64,7 +64,7 @@ def choose(rule: Rule, queries: Queries, keys: Keys, tile: int | None = None) ->
 
 def _fitted(form: Form, rule: Rule, queries: Queries, keys: Keys, tile: int | None) -> Form:
     """The form with its tiles, or why it cannot serve."""
-    (B, N, _, D), (M, E) = queries.q.shape, (keys.v.shape[1], keys.v.shape[-1])
+    (B, N, H, D), (M, E) = queries.q.shape, (keys.v.shape[1], keys.v.shape[-1])
     dtype = jnp.result_type(queries.q, keys.k, keys.v)
     if rule.position.biased:
         return Form(obstacle=f"position {type(rule.position).__name__} adds to the logits")
@@ -77,6 +77,8 @@ def _fitted(form: Form, rule: Rule, queries: Queries, keys: Keys, tile: int | No
     module, size = form.kernels, max(D, E)
     if size * jnp.dtype(dtype).itemsize > module.WIDEST:
         return Form(obstacle=f"heads of {size} {dtype} are wider than {module.WIDEST} bytes")
+    if B * max(N, M) * H * module.padded(size) >= 2**31:
+        return Form(obstacle="an array has 2^31 elements, more than an int32 counts")
     n, m = module.tile_sizes(N, M, size, dtype, tile)
     pairs = B * -(-N // n) * -(-M // m)
     if pairs > module.LARGEST_TABLE:

@@ -49,7 +49,8 @@ def attend(form: Form, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array,
         as_rows(asking),
         as_rows(answering),
     )
-    out, lse = _attend(form, bare, operands, near)
+    attended: Any = _attend(form, bare, operands, near)
+    out, lse = attended
     return out.swapaxes(1, 2)[:, :N, :, :E].astype(queries.q.dtype), lse[:, :, 0, :N]
 
 
@@ -57,12 +58,11 @@ def attend(form: Form, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array,
 def _attend(form: Form, rule: Rule, operands: Operands, near: Array) -> Any:
     """``out`` [B H N E] and ``lse`` [B H 1 N], padded; ``near`` bool [B n_q n_k] says which tiles
     of keys each tile of queries meets."""
-    out, lse = form.kernels.forward(form, rule, operands, visits_of(near))
-    return out, lse
+    return _forward(form, rule, operands, near)[0]
 
 
 def _forward(form, rule, operands, near):
-    out, lse = _attend(form, rule, operands, near)
+    out, lse = form.kernels.forward(form, rule, operands, visits_of(near))
     return (out, lse), (rule, operands, near, out, lse)
 
 
