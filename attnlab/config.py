@@ -259,12 +259,13 @@ def from_json(text: str, where: str = "config.json") -> ConfigDict:
     try:
         stored = ConfigDict(json.loads(text))
         stored.normaliser = stored.get("normaliser", {"name": "softmax"})
-        stored.model.kernels = stored.model.get("kernels", "xla")
         config = base(stored.attention.name, stored.position.name, stored.normaliser.name)
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{where}: {error}") from error
         raise UserError(f"{where} is not a config written by attnlab: {error}") from error
+    if isinstance(stored.get("model"), ConfigDict):
+        stored.model.kernels = stored.model.get("kernels", "xla")
     known, given = flat(config), flat(stored)
     wrong = [f"unknown {p}" for p in given if p not in known]
     wrong += [f"missing {p} (now {value!r})" for p, value in known.items() if p not in given]
