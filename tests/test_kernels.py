@@ -199,6 +199,8 @@ def test_pallas_is_the_module_of_the_device_if_it_is_alone(monkeypatch, device, 
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     form = kernels.choose(Rule(kernels="pallas"), queries, keys)
     assert (form.module, form.interpret) == (module, False)
+    few = jax.tree.map(lambda z: z[:, -1:], queries)
+    assert "fewer than" in kernels.choose(Rule(kernels="pallas"), few, keys).obstacle
 
 
 def test_another_choice_is_another_program():

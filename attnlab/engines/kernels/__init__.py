@@ -21,6 +21,8 @@ import numpy as np
 from attnlab.core import Keys, Queries, Rule
 
 MODULES = {"gpu": "triton", "tpu": "mosaic"}
+FEW = 16
+"""Queries of a call below which XLA serves it: decoding, token by token."""
 
 
 class Form(NamedTuple):
@@ -57,6 +59,8 @@ def choose(rule: Rule, queries: Queries, keys: Keys, tile: int | None = None) ->
             return Form(obstacle=f"the device is a {device}")
         if count > 1:
             return Form(obstacle=f"{count} devices share the work")
+        if queries.q.shape[1] < FEW:
+            return Form(obstacle=f"a call of fewer than {FEW} queries leaves most of a tile empty")
     elif asked not in MODULES.values() or interpreted not in ("", "interpreted"):
         raise ValueError(f"rule.kernels={rule.kernels!r}")
     return _fitted(Form(asked, interpret=bool(interpreted)), rule, queries, keys, tile)

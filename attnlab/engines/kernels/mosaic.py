@@ -76,7 +76,7 @@ def forward(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[
             out[...] = found[0].astype(out.dtype)
             lse[...] = jnp.broadcast_to(found[1], (form.n, LANES)).T[:1]
 
-    queries, keys = _per_query_tile(form, operands, visits)
+    queries, keys = _per_query_tile(form, operands)
     column = pltpu.VMEM((form.n, 1), jnp.float32)
     return _run(
         form,
@@ -105,7 +105,7 @@ def backward_queries(form: Form, rule: Rule, operands: Operands, visits: Visits)
 
         _accumulate(_phases(count, 1), add, (total,), (dq,))
 
-    queries, keys = _per_query_tile(form, operands, visits)
+    queries, keys = _per_query_tile(form, operands)
     return _run(
         form,
         dq_kernel,
@@ -133,7 +133,8 @@ def backward_keys(form: Form, rule: Rule, operands: Operands, visits: Visits) ->
         _accumulate(_phases(count, shared), add, (dk_total, dv_total), (dk, dv))
 
     def met(b, g, i, s, near, count):
-        return b, g * shared + lax.rem(s, shared), _other(b, i, lax.div(s, shared), near, count)
+        row, step = b * (M // form.m) + i, lax.div(s, shared)
+        return b, g * shared + lax.rem(s, shared), _other(row, step, near, count)
 
     queries = Side(None, form.n, met)
     keys = Side(None, form.m, lambda b, g, i, *_: (b, g, i))
@@ -150,20 +151,19 @@ def backward_keys(form: Form, rule: Rule, operands: Operands, visits: Visits) ->
     )
 
 
-def _per_query_tile(form: Form, operands: Operands, visits: Visits) -> tuple[Side, Side]:
+def _per_query_tile(form: Form, operands: Operands) -> tuple[Side, Side]:
     """One tile of queries, and the tile of keys that it meets at a step."""
-    shared = operands.q.shape[1] // operands.k.shape[1]
+    shared, tiles = operands.q.shape[1] // operands.k.shape[1], operands.q.shape[2] // form.n
 
     def met(b, h, i, s, near, count):
-        return b, lax.div(h, shared), _other(b, i, s, near, count)
+        return b, lax.div(h, shared), _other(b * tiles + i, s, near, count)
 
     return Side(None, form.n, lambda b, h, i, *_: (b, h, i)), Side(None, form.m, met)
 
 
-def _other(b, i, s, near, count):
-    """The tile of the other side that tile ``i`` meets at step ``s``."""
-    tiles, others = pl.num_programs(2), near.shape[0] // count.shape[0]
-    row = b * tiles + i
+def _other(row, s, near, count):
+    """The tile of the other side at step ``s`` of a row of `Visits`, the last beyond its end."""
+    others = near.shape[0] // count.shape[0]
     return near[row * others + jnp.clip(s, 0, jnp.maximum(count[row] - 1, 0))]
 
 
