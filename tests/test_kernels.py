@@ -214,6 +214,13 @@ def test_another_choice_is_another_program():
     assert ["pallas_call" in text[kind] for kind in text] == [True, False, True]
 
 
+def test_a_precision_that_a_compiler_lacks_is_left_to_xla():
+    with jax.default_matmul_precision("high"):
+        forms = [kernels.choose(asking(Rule(), module), *tokens()) for module in CALLS]
+    assert [form.module for form in forms] == ["triton", ""]
+    assert forms[1].obstacle == "the precision of products is high"
+
+
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="cuda"):
         blockwise.attend(*tokens(), Rule(kernels="cuda"))

@@ -29,6 +29,8 @@ from attnlab.engines.kernels.operands import (
 LANES = 128
 LARGEST_TABLE = 2**17
 """Most pairs of tiles of a batch, int32 each: half of the memory for scalars."""
+PRECISIONS = ("default", "fastest", "bfloat16", "highest", "float32")
+"""Of products, as jax calls them: the compiler has no other."""
 WIDEST = 1024
 """Bytes of the widest head."""
 

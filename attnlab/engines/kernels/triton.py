@@ -30,6 +30,8 @@ ROW, COLUMN = (None, slice(None)), (slice(None), None)
 """Of numbers one a token, as they broadcast against a tile of logits."""
 LARGEST_TABLE = 2**24
 """Most pairs of tiles of a batch, int32 each."""
+PRECISIONS = ("default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32")
+"""Of products, as jax calls them."""
 WIDEST = 512
 """Bytes of the widest head: beyond, the shared memory of smaller devices holds no tile."""
 
