@@ -81,7 +81,8 @@ def _fitted(form: Form, rule: Rule, queries: Queries, keys: Keys, tile: int | No
     module, size = form.kernels, max(D, E)
     if size * jnp.dtype(dtype).itemsize > module.WIDEST:
         return Form(obstacle=f"heads of {size} {dtype} are wider than {module.WIDEST} bytes")
-    precision = jax.config.jax_default_matmul_precision
+    config: Any = jax.config
+    precision = config.jax_default_matmul_precision
     if precision is not None and precision not in module.PRECISIONS:
         return Form(obstacle=f"the precision of products is {precision}")
     if B * max(N, M) * H * module.padded(size) >= 2**31:
