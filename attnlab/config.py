@@ -54,6 +54,7 @@ def base(
                 "remat": False,  # recompute each layer in the backward pass: less memory
                 "dtype": "float32",  # of the activations; parameters are float32
                 "causal": True,
+                "kernels": "xla",  # pallas: our own for GPU and TPU; their speed is unmeasured
             },
             "optimizer": {
                 "name": "adamw",
@@ -115,6 +116,7 @@ CHOICES = {
     "task.packing": ("packed", "stream"),
     "model.mlp": ("swiglu", "gelu"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.kernels": ("xla", "pallas"),
     "optimizer.name": ("adamw", "muon"),
     "train.on_nan": ("abort", "skip", "rewind"),
 }
@@ -250,7 +252,8 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str, where: str = "config.json") -> ConfigDict:
     """The config that `to_json` wrote, checked against today's schema.
 
-    One without a `normaliser` section, written when softmax was the only one, means softmax.
+    One without a `normaliser` section, written when softmax was the only one, means softmax, and
+    one without `model.kernels` means XLA.
     Raises `UserError` if it is no JSON object or its fields are not those of this version.
     """
     try:
@@ -261,6 +264,8 @@ def from_json(text: str, where: str = "config.json") -> ConfigDict:
         if isinstance(error, UserError):
             raise UserError(f"{where}: {error}") from error
         raise UserError(f"{where} is not a config written by attnlab: {error}") from error
+    if isinstance(stored.get("model"), ConfigDict):
+        stored.model.kernels = stored.model.get("kernels", "xla")
     known, given = flat(config), flat(stored)
     wrong = [f"unknown {p}" for p in given if p not in known]
     wrong += [f"missing {p} (now {value!r})" for p, value in known.items() if p not in given]

@@ -258,7 +258,8 @@ class Rule:
 
     with cap(z) = c tanh(z / c) when ``soft_cap`` c > 0. The mechanism calls the rule; the model
     never rotates or masks. A pytree: ``params`` (of the position module) and ``normaliser_params``
-    are traced, the rest is static.
+    are traced, the rest is static. ``kernels`` is the arithmetic that is asked for, see
+    `attnlab.engines.kernels`; it travels here so that nothing compiled for another is used.
     """
 
     params: Any = dataclasses.field(default_factory=dict)
@@ -276,6 +277,7 @@ class Rule:
         default_factory=lambda: _EXPONENTIAL, metadata={"static": True}
     )
     normaliser_params: Any = dataclasses.field(default_factory=dict)
+    kernels: str = dataclasses.field(default="xla", metadata={"static": True})
 
     def restrict(self, pattern: Pattern) -> Rule:
         """The same rule, in which a key must also satisfy ``pattern``."""
@@ -327,12 +329,15 @@ class Rule:
 
     def visible(self, q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array) -> Array:
         """`allowed` from positions and segments alone: [B N], [B N], [B M], [B M] -> [B N M]."""
-        i, j = q_pos[:, :, None], k_pos[:, None, :]
-        seen = (q_seg[:, :, None] == k_seg[:, None, :]) & (k_seg[:, None, :] >= 0)
+        return self.sees(q_pos[:, :, None], q_seg[:, :, None], k_pos[:, None], k_seg[:, None])
+
+    def sees(self, q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array) -> Array:
+        """`visible`, elementwise: bool, from arrays that broadcast."""
+        seen = (q_seg == k_seg) & (k_seg >= 0)
         if self.causal:
-            seen &= j <= i
+            seen &= k_pos <= q_pos
         for pattern in self.patterns:
-            seen &= pattern.visible(i, j)
+            seen &= pattern.visible(q_pos, k_pos)
         return seen
 
     def product(self, q: Array, k: Array) -> Array:

@@ -49,6 +49,7 @@ class Architecture:
     remat: bool = False
     dtype: str = "float32"
     causal: bool = True
+    kernels: str = "xla"
 
     @property
     def dims(self) -> Dims:
@@ -124,6 +125,7 @@ class Attention(nn.Module):
             taps=taps,
             normaliser=self.normaliser,
             normaliser_params=weighing,
+            kernels=a.kernels,
         )
         params = self.param("mechanism", self.mechanism.init, a.dims)
         state = () if memory is None else memory.state

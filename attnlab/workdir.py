@@ -34,6 +34,7 @@ HARMLESS = (  # may differ between starts: they change the words, not the number
     "train.profile_*",
     "optimizer.accumulate",
     "model.remat",
+    "model.kernels",
     "sample.*",
     "mesh",
 )

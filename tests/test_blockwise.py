@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.core import MASK, Keys, Queries, Rule, positions
-from attnlab.engines import blockwise, dense
+from attnlab.engines import blockwise, dense, tiling
 from attnlab.mechanisms.window import Near
 
 FORWARD_AND_BACK = ("out", "lse", "dq", "dk", "dv")
@@ -154,10 +154,10 @@ def test_no_array_is_quadratic_in_the_length(tile):
 
 
 def reached(rule, queries, keys, tile):
-    tiles = [blockwise._tiles(z, tile, -1) for z in (queries.pos, queries.seg)]
-    asking = blockwise.spans(blockwise.Tokens(*tiles))
-    tiles = [blockwise._tiles(z, tile, -1) for z in (keys.pos, keys.seg)]
-    return np.asarray(blockwise.reach(rule, asking, blockwise.spans(blockwise.Tokens(*tiles))))
+    tiles = [tiling.cut(z, tile, -1) for z in (queries.pos, queries.seg)]
+    asking = tiling.spans(tiling.Tokens(*tiles))
+    tiles = [tiling.cut(z, tile, -1) for z in (keys.pos, keys.seg)]
+    return np.asarray(tiling.reach(rule, asking, tiling.spans(tiling.Tokens(*tiles))))
 
 
 def visible_tiles(rule, queries, keys, tile):

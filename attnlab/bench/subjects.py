@@ -86,6 +86,7 @@ def _attention(config: ConfigDict, length: int, backward: bool) -> Subject:
             model.causal,
             normaliser=weighing,
             normaliser_params=weighing.init(jax.random.key(3), dims),
+            kernels=model.kernels,
         )
         queries, keys = Queries(inputs.q, pos, pos * 0), Keys(inputs.k, inputs.v, pos, pos * 0)
         if mechanism.marked:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,8 @@ import numpy as np
 from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Pattern, Queries, Rule
-from attnlab.engines import dense, report_use, rowwise
+from attnlab.engines import dense, kernels, parts, report_use, rowwise
+from attnlab.engines.tiling import Spans, Tokens, cut, reach, spans
 from attnlab.products import collected, mixed, scores
 
 BEFORE = np.int32(-1)
@@ -42,14 +42,24 @@ def attend(
     the dtype of the queries and ``lse`` [B H N] f32 (`MASK` for an empty row), so that parts over
     different keys can be merged. Cost: O(visited pairs) time, O(N + M) memory. A rule whose taps
     want whole logits or probabilities is served by `dense`, one in which a query must meet all its
-    keys at once by `rowwise`.
+    keys at once by `rowwise`, and one that asks for kernels by `kernels.attention` if it can.
     """
     if rule.observed:
         out, lse, _ = dense.attend(queries, keys, rule)
         return out, lse
     if rule.whole:
         return rowwise.attend(queries, keys, rule)
-    return _attend_sets(queries, rule, tile, (keys, rule, tile))
+    form = kernels.choose(rule, queries, keys, tile)
+    report_use("blockwise", str(form))
+    if not form.module:
+        return _attend_sets(queries, rule, tile, (keys, rule, tile))
+    from attnlab.engines.kernels import attention  # Pallas, which most runs never load
+
+    queries, keys = queries.cleared(), keys.cleared()
+    q = rule.rotate(queries.q, queries.pos, "query")
+    k = rule.rotate(keys.k, keys.pos, "key")
+    out, lse = attention.attend(form, queries._replace(q=q), keys._replace(k=k), rule)
+    return _completed(rule, queries, out, lse), lse
 
 
 def attend_sets(
@@ -67,6 +77,13 @@ def attend_sets(
     logits or probabilities, no rule in which a query must meet all its keys at once. The cost is
     the sum over the sets.
     """
+    if rule.kernels != "xla":  # which serve a set at a time
+        part = dataclasses.replace(rule, taps=())
+        attended = (attend(queries, keys, part.restrict(p), tile) for keys, p in seen)
+        outs, lses = zip(*((out.swapaxes(1, 2), lse) for out, lse in attended))
+        out, lse = parts.merge(outs, lses)
+        return rule.tap("heads", out.swapaxes(1, 2).astype(queries.q.dtype)), lse
+    report_use("blockwise", "XLA")
     limits = key_tiles or (tile,) * len(seen)
     sets = ((k, rule.restrict(pattern), limit) for (k, pattern), limit in zip(seen, limits))
     return _attend_sets(queries, rule, tile, *sets)
@@ -75,27 +92,31 @@ def attend_sets(
 def _attend_sets(
     queries: Queries, rule: Rule, limit: int | None, *seen: tuple[Keys, Rule, int | None]
 ) -> tuple[Array, Array]:
-    report_use("blockwise", "XLA")
     queries = queries.cleared()
     B, N, H, _ = queries.q.shape
     q_tile = tile_size(N, B * H, limit)
-    asking = Tokens(_tiles(queries.pos, q_tile, 0), _tiles(queries.seg, q_tile, -1))
+    asking = Tokens(cut(queries.pos, q_tile, 0), cut(queries.seg, q_tile, -1))
     sets = (_tiled(keys, shown, B * H, k_limit) for keys, shown, k_limit in seen)
     q = _head_tiles(rule.rotate(queries.q, queries.pos, "query"), q_tile)
     out, lse = _attend(rule, q, tuple(sets), asking)
     out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]
     lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
+    return _completed(rule, queries, out, lse), lse
+
+
+def _completed(rule: Rule, queries: Queries, out: Array, lse: Array) -> Array:
+    """``out`` [B N H E] f32 of all keys as the caller gets it."""
     share = rule.normaliser.share(lse)
     out = out if share is None else out * share.swapaxes(1, 2)[..., None]
-    return rule.tap("heads", out.astype(queries.q.dtype)), lse
+    return rule.tap("heads", out.astype(queries.q.dtype))
 
 
 def _tiled(keys: Keys, rule: Rule, rows: int, limit: int | None) -> Tiled:
     keys = keys.cleared()
     tile = tile_size(keys.k.shape[1], rows, limit)
     log_count = keys.log_count
-    log_count = None if log_count is None else _tiles(log_count, tile, 0)
-    tokens = Tokens(_tiles(keys.pos, tile, 0), _tiles(keys.seg, tile, -1), log_count)
+    log_count = None if log_count is None else cut(log_count, tile, 0)
+    tokens = Tokens(cut(keys.pos, tile, 0), cut(keys.seg, tile, -1), log_count)
     k = _head_tiles(rule.rotate(keys.k, keys.pos, "key"), tile)
     return Tiled(k, _head_tiles(keys.v, tile), tokens, rule.patterns)
 
@@ -113,26 +134,6 @@ def even_tile(length: int, limit: int) -> int:
     return tile if tile <= 8 or tile == length else min(limit, -(-tile // 8) * 8)
 
 
-class Tokens(NamedTuple):
-    """Positions and segments of tiled tokens, [tiles B tile] int32 each, and what is added to the
-    logits of each key, f32 or None."""
-
-    pos: Array
-    seg: Array
-    log_count: Array | None = None
-
-    def at(self, i: Array) -> Tokens:
-        """One tile."""
-        return jax.tree.map(lambda z: lax.dynamic_index_in_dim(z, i, 0, keepdims=False), self)
-
-    def added(self, rule: Rule, q_pos: Array, q_seg: Array) -> Array:
-        """What is added to the logits of the queries of a tile with these keys: f32 [B 1 n m],
-        `MASK` where a key is not seen. Computed once for all heads."""
-        seen = rule.visible(q_pos, q_seg, self.pos, self.seg)
-        counts = 0.0 if self.log_count is None else self.log_count[:, None]
-        return lax.optimization_barrier(jnp.where(seen, counts, MASK))[:, None]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tiled:
@@ -145,51 +146,9 @@ class Tiled:
     patterns: tuple[Pattern, ...] = dataclasses.field(metadata={"static": True})
 
 
-class Spans(NamedTuple):
-    """Lowest and highest segment and position of the full slots of each tile: [tiles B] int32."""
-
-    seg_low: Array
-    seg_high: Array
-    pos_low: Array
-    pos_high: Array
-
-
-def spans(tokens: Tokens) -> Spans:
-    """The `Spans` of tiled tokens; a tile without a full slot has low > high."""
-    full, far = tokens.seg >= 0, jnp.iinfo(jnp.int32).max
-
-    def bounds(values: Array) -> tuple[Array, Array]:
-        low = jnp.min(jnp.where(full, values, far), -1)
-        return low, jnp.max(jnp.where(full, values, -far), -1)
-
-    return Spans(*bounds(tokens.seg), *bounds(tokens.pos))
-
-
-def reach(rule: Rule, queries: Spans, keys: Spans) -> Array:
-    """Which key tile holds a key that some query of a query tile may see: bool [n_q n_k],
-    conservative (True where only the bounds of positions and segments overlap)."""
-    asking, answering = Spans(*(z[:, None] for z in queries)), Spans(*(z[None] for z in keys))
-    near = asking.seg_low <= answering.seg_high
-    near &= answering.seg_low <= asking.seg_high
-    if rule.causal:
-        near &= answering.pos_low <= asking.pos_high
-    for pattern in rule.patterns:
-        near &= pattern.reaches(
-            asking.pos_low, asking.pos_high, answering.pos_low, answering.pos_high
-        )
-    return jnp.any(near, -1)
-
-
-def _tiles(z: Array, tile: int, fill: int) -> Array:
-    """[B N ...] -> [tiles B tile ...], padded with ``fill``."""
-    B, N = z.shape[:2]
-    z = jnp.pad(z, [(0, 0), (0, -N % tile)] + [(0, 0)] * (z.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(z.reshape(B, -1, tile, *z.shape[2:]), 1, 0)
-
-
 def _head_tiles(z: Array, tile: int) -> Array:
     """[B N heads D] -> [tiles B heads tile D]."""
-    return jnp.swapaxes(_tiles(z, tile, 0), 2, 3)
+    return jnp.swapaxes(cut(z, tile, 0), 2, 3)
 
 
 def _next(near: Array, i: Array) -> Array:

@@ -1,0 +1,101 @@
+"""Which arithmetic serves `blockwise`: XLA, or Pallas kernels of our own, as `Rule.kernels` asks.
+
+    xla                     the default
+    pallas                  Triton on a GPU, Mosaic on a TPU
+    triton, mosaic          that one on any device: to compile for one that is not here
+    triton interpreted, mosaic interpreted      that one, step by step in XLA: a check
+
+``config.model.kernels`` is one of the first two. Where a kernel cannot serve a call, XLA does, and
+the log says why. Their speed is not measured, so no kernel is chosen unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnlab.core import Keys, Queries, Rule
+
+MODULES = {"gpu": "triton", "tpu": "mosaic"}
+FEW = 16
+"""Queries of a call below which XLA serves it: decoding, token by token."""
+
+
+class Form(NamedTuple):
+    """The module of kernels that serves a call, and its tokens per tile of queries and of keys; or
+    no module, and why. Hashable."""
+
+    module: str = ""
+    n: int = 0
+    m: int = 0
+    interpret: bool = False
+    obstacle: str = ""
+
+    def __str__(self) -> str:
+        if not self.module:
+            return f"XLA, not Pallas: {self.obstacle}" if self.obstacle else "XLA"
+        return f"Pallas {self.module}" + (", interpreted" if self.interpret else "")
+
+    @property
+    def kernels(self) -> Any:
+        """The module itself, imported when first asked for."""
+        return importlib.import_module(f"attnlab.engines.kernels.{self.module}")
+
+
+def choose(rule: Rule, queries: Queries, keys: Keys, tile: int | None = None) -> Form:
+    """What serves a call of `blockwise.attend` with these shapes and types. Raises `ValueError` for
+    an unknown ``rule.kernels``."""
+    asked, _, interpreted = rule.kernels.partition(" ")
+    if rule.kernels == "xla":
+        return Form()
+    if asked == "pallas":
+        device, count = jax.default_backend(), jax.device_count()
+        asked = MODULES.get(device, "")
+        if not asked:
+            return Form(obstacle=f"the device is a {device}")
+        if count > 1:
+            return Form(obstacle=f"{count} devices share the work")
+        if queries.q.shape[1] < FEW:
+            return Form(obstacle=f"a call of fewer than {FEW} queries leaves most of a tile empty")
+    elif asked not in MODULES.values() or interpreted not in ("", "interpreted"):
+        raise ValueError(f"rule.kernels={rule.kernels!r}")
+    return _fitted(Form(asked, interpret=bool(interpreted)), rule, queries, keys, tile)
+
+
+def _fitted(form: Form, rule: Rule, queries: Queries, keys: Keys, tile: int | None) -> Form:
+    """The form with its tiles, or why it cannot serve."""
+    (B, N, H, D), (M, E) = queries.q.shape, (keys.v.shape[1], keys.v.shape[-1])
+    dtype = jnp.result_type(queries.q, keys.k, keys.v)
+    if rule.position.biased:
+        return Form(obstacle=f"position {type(rule.position).__name__} adds to the logits")
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return Form(obstacle=f"the type is {dtype}")
+    if min(B, N, M, D, E) < 1:
+        return Form(obstacle="an array is empty")
+    if _holds_arrays(rule):
+        return Form(obstacle="a pattern looks up an array")
+    module, size = form.kernels, max(D, E)
+    if size * jnp.dtype(dtype).itemsize > module.WIDEST:
+        return Form(obstacle=f"heads of {size} {dtype} are wider than {module.WIDEST} bytes")
+    config: Any = jax.config
+    precision = config.jax_default_matmul_precision
+    if precision is not None and precision not in module.PRECISIONS:
+        return Form(obstacle=f"the precision of products is {precision}")
+    if B * max(N, M) * H * module.padded(size) >= 2**31:
+        return Form(obstacle="an array has 2^31 elements, more than an int32 counts")
+    n, m = module.tile_sizes(N, M, size, dtype, tile)
+    pairs = B * -(-N // n) * -(-M // m)
+    if pairs > module.LARGEST_TABLE:
+        return Form(obstacle=f"{pairs} pairs of tiles are more than {module.LARGEST_TABLE}")
+    return form._replace(n=n, m=m)
+
+
+def _holds_arrays(rule: Rule) -> bool:
+    """A kernel is handed tiles and computes the rest: it cannot hold an array of its own."""
+    rows, columns = jnp.zeros((3, 1), jnp.int32), jnp.zeros((1, 5), jnp.int32)
+    traced = jax.make_jaxpr(rule.sees)(rows, rows, columns, columns)
+    return any(np.ndim(constant) > 0 for constant in traced.consts)
