@@ -59,6 +59,23 @@ def test_interpreted_kernels_are_the_xla_form(name, module):
 
 
 @pytest.mark.parametrize("module", CALLS)
+def test_several_sets_of_keys_are_one_softmax(module):
+    queries, keys = tokens(N=37, M=37)
+    near, far = segments.Span(8, 0, 8), segments.Span(8, -16, 0)
+
+    def attend(queries, keys, rule):
+        return blockwise.attend_sets(queries, rule, 16, (keys, near), (keys, far))
+
+    whole = jax.jit(partial(both, attend))
+    rule = Rule()
+    got, wanted = whole(queries, keys, asking(rule, module)), whole(queries, keys, rule)
+    once = run(queries, keys, rule.restrict(segments.Span(8, -16, 8)))
+    for name in wanted:
+        np.testing.assert_allclose(wanted[name], once[name], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(got[name], wanted[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("module", CALLS)
 def test_fewer_keys_than_queries_in_any_order_with_counts(module):
     queries, keys = tokens(N=140, M=140)
     mix = np.random.default_rng(1).permutation(140)[:50]
