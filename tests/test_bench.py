@@ -10,7 +10,7 @@ from tiny import tiny
 from attnlab.bench import command, subjects
 from attnlab.bench.command import default_config, in_positions, parse_lengths
 from attnlab.bench.parent import Stopped, Worker, ratio, timing
-from attnlab.bench.tables import growths, slope
+from attnlab.bench.tables import filled, growths, slope
 from attnlab.config import base, put, to_json
 from attnlab.core import mechanisms
 from attnlab.errors import UserError
@@ -21,6 +21,14 @@ def small(attention: str = "softmax", position: str = "none"):
     config = tiny(attention=attention, position=position)
     put(config, "task.batch", 2)
     return config
+
+
+def test_columns_without_an_entry_are_left_out():
+    assert filled([["a", "b", "c"], ["1", "", ""], ["", "", "2"]]) == [
+        ["a", "c"],
+        ["1", ""],
+        ["", "2"],
+    ]
 
 
 def test_lengths_are_numbers_in_order():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from attnlab.errors import AttnlabError, DataError, UserError
 
-ENOUGH = 20.0  # seconds for the calls of one subject, unless they are fewer than LEAST
+ENOUGH = 10.0  # seconds for the calls of one subject, unless they are fewer than LEAST
 LEAST = 3
 
 

@@ -22,6 +22,8 @@ COLUMNS = (
     "above empty",
     "GFLOP/s",
     "of products",
+    "state KiB",
+    "state B / token",
 )
 
 
@@ -37,7 +39,7 @@ def write(rows: Sequence[Row], folder: Path) -> str:
 def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
     """What was measured, exponents, and ratios to others; each with a line of headings."""
     done = [row for row in rows if "wall" in row]
-    found = [[list(COLUMNS), *map(cells, done)]]
+    found = [filled([list(COLUMNS), *map(cells, done)])]
     if growing := growths(done):
         found.append([["entry", "position", "wall", "cpu", "memory"], *growing])
     if beside := ratios(done):
@@ -78,7 +80,15 @@ def cells(row: Row) -> list[str]:
         f"{above / 2**20:,.0f}" if above is not None else "",
         f"{rate / 1e9:.3g}" if rate else "",
         f"{rate / row['ceiling']:.0%}" if rate and row["ceiling"] else "",
+        f"{row['state'] / 2**10:,.0f}" if row["state"] else "",
+        f"{row['state'] / row['length']:,.0f}" if row["state"] else "",
     ]
+
+
+def filled(table: Sequence[list[str]]) -> list[list[str]]:
+    """The columns in which anything stands below the heading."""
+    columns = [column for column in zip(*table) if any(column[1:])]
+    return [list(line) for line in zip(*columns)]
 
 
 def growths(rows: Sequence[Row]) -> list[list[str]]:
