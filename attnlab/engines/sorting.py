@@ -19,7 +19,7 @@ def plan_runs(
     """
     N = queries.pos.shape[1]
     length = min(length, N)
-    chunk = min(N, max(8, -(-length // 2)))
+    chunk = tile_of(length, N)
     buckets = jnp.where(queries.seg[:, None] >= 0, buckets, count)
     bucket, order, rank = sort_tokens(queries, buckets)
     first = search(bucket, jnp.arange(count + 1))
@@ -46,11 +46,17 @@ def plan_runs(
     return Plan(token, slot, rank + (length + 1) * buckets), reach
 
 
+def tile_of(run: int, length: int) -> int:
+    """Tokens per tile for runs of so many: half of one, which wastes little and is not too small
+    for the products."""
+    return min(length, max(8, -(-run // 2)))
+
+
 def count_pairs(length: int, count: int, run: int, causal: bool) -> int:
     """Slots that meet in one round of `plan_runs`: tiles are computed whole, and each of ``count``
     buckets may leave one unfilled."""
     run = min(run, length)
-    chunk = min(length, max(8, -(-run // 4)))
+    chunk = tile_of(run, length)
     tiles_back = -(-run // chunk)
     slots = min(length * chunk, length + count * (chunk - 1))
     return slots * chunk * (tiles_back + 1 + (0 if causal else tiles_back))
