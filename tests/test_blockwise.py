@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from attnlab.core import MASK, Keys, Queries, Rule, positions
 from attnlab.engines import blockwise, dense, tiling
+from attnlab.engines.segments import Span
 from attnlab.mechanisms.window import Near
 
 FORWARD_AND_BACK = ("out", "lse", "dq", "dk", "dv")
@@ -213,3 +214,32 @@ def test_tiles_are_bounded_and_waste_little(length, rows, limit):
     assert rows * tile**2 <= blockwise.LOGITS_IN_FLIGHT or tile <= 64
     padded = -(-length // tile) * tile
     assert padded - length < max(8 * (padded // tile), 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_a_batch_in_turn_are_the_batch(rows, monkeypatch):
+    queries, keys = tokens(B=4)
+    rule = Rule(taps=(("heads", lambda z: z * jnp.arange(4.0)[:, None]),))
+
+    def attend(queries, keys, rule):
+        near, far = Span(8, 0, 8), Span(8, -16, 0)
+        out, lse = blockwise.attend(queries, keys, rule)
+        more, _ = blockwise.attend_sets(queries, rule, 16, (keys, near), (keys, far))
+        return out + more, lse
+
+    wanted = jax.jit(partial(both, attend))(queries, keys, rule)
+    monkeypatch.setattr(blockwise, "LOGITS_IN_FLIGHT", rows * 4 * 16**2)
+    monkeypatch.setattr(blockwise, "LARGEST", 16)
+    assert blockwise.rows_at_once(4, 4, 40) == rows
+    got = jax.jit(partial(both, attend))(queries, keys, rule)
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], atol=2e-5, err_msg=name)
+
+
+def test_rows_divide_the_batch_and_devices_share_it(monkeypatch):
+    assert [blockwise.rows_at_once(b, 4, 512) for b in (1, 6, 8)] == [1, 1, 1]
+    assert [blockwise.rows_at_once(b, 1, 512) for b in (1, 6, 8)] == [1, 3, 4]
+    assert blockwise.rows_at_once(8, 4, 1) == 8
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    with jax.set_mesh(mesh):
+        assert blockwise.rows_at_once(8, 4, 512) == (8 if len(jax.devices()) > 1 else 1)

@@ -29,6 +29,9 @@ from attnlab.products import collected, mixed, scores
 BEFORE = np.int32(-1)
 """The tile before the first."""
 
+LARGEST = 512
+"""Most tokens of a tile."""
+
 LOGITS_IN_FLIGHT = 2**20
 """Most logits alive at once (B H tile² f32: 4 MiB), about what the cache of a CPU core holds."""
 
@@ -59,7 +62,7 @@ def attend(
     q = rule.rotate(queries.q, queries.pos, "query")
     k = rule.rotate(keys.k, keys.pos, "key")
     out, lse = attention.attend(form, queries._replace(q=q), keys._replace(k=k), rule)
-    return _completed(rule, queries, out, lse), lse
+    return rule.tap("heads", _shared(rule, out, lse).astype(queries.q.dtype)), lse
 
 
 def attend_sets(
@@ -92,6 +95,29 @@ def attend_sets(
 def _attend_sets(
     queries: Queries, rule: Rule, limit: int | None, *seen: tuple[Keys, Rule, int | None]
 ) -> tuple[Array, Array]:
+    """Some rows of the batch after the others: few rows leave room for large tiles."""
+    B, N, H, _ = queries.q.shape
+    rows = rows_at_once(B, H, min(N, limit or N))
+    all_keys, rules, limits = zip(*seen)
+
+    def some(part: tuple[Queries, tuple[Keys, ...]]) -> tuple[Array, Array]:
+        queries, keys = part
+        return _attend_rows(queries, rule, limit, *zip(keys, rules, limits))
+
+    def cut_batch(z: Array) -> Array:
+        return z.reshape(-1, rows, *z.shape[1:])
+
+    if rows == B:
+        out, lse = some((queries, all_keys))
+    else:
+        found = lax.map(some, jax.tree.map(cut_batch, (queries, all_keys)))
+        out, lse = (z.reshape(B, *z.shape[2:]) for z in found)
+    return rule.tap("heads", out), lse
+
+
+def _attend_rows(
+    queries: Queries, rule: Rule, limit: int | None, *seen: tuple[Keys, Rule, int | None]
+) -> tuple[Array, Array]:
     queries = queries.cleared()
     B, N, H, _ = queries.q.shape
     q_tile = tile_size(N, B * H, limit)
@@ -101,14 +127,13 @@ def _attend_sets(
     out, lse = _attend(rule, q, tuple(sets), asking)
     out = jnp.moveaxis(out, (0, 3), (1, 2)).reshape(B, -1, H, out.shape[-1])[:, :N]
     lse = jnp.moveaxis(lse, 0, 2).reshape(B, H, -1)[..., :N]
-    return _completed(rule, queries, out, lse), lse
+    return _shared(rule, out, lse).astype(queries.q.dtype), lse
 
 
-def _completed(rule: Rule, queries: Queries, out: Array, lse: Array) -> Array:
-    """``out`` [B N H E] f32 of all keys as the caller gets it."""
+def _shared(rule: Rule, out: Array, lse: Array) -> Array:
+    """``out`` [B N H E] f32, by the share that the normaliser leaves each row."""
     share = rule.normaliser.share(lse)
-    out = out if share is None else out * share.swapaxes(1, 2)[..., None]
-    return rule.tap("heads", out.astype(queries.q.dtype))
+    return out if share is None else out * share.swapaxes(1, 2)[..., None]
 
 
 def _tiled(keys: Keys, rule: Rule, rows: int, limit: int | None) -> Tiled:
@@ -124,8 +149,18 @@ def _tiled(keys: Keys, rule: Rule, rows: int, limit: int | None) -> Tiled:
 def tile_size(length: int, rows: int, limit: int | None = None) -> int:
     """Tokens per tile for ``rows`` = B H simultaneous heads: large enough to keep the cores busy,
     small enough to stay in cache, and never more than ``limit``."""
-    fitting = max(64, min(512, 1 << (int((LOGITS_IN_FLIGHT / rows) ** 0.5).bit_length() - 1)))
+    fitting = max(64, min(LARGEST, 1 << (int((LOGITS_IN_FLIGHT / rows) ** 0.5).bit_length() - 1)))
     return even_tile(length, min(limit or fitting, fitting))
+
+
+def rows_at_once(batch: int, heads: int, length: int) -> int:
+    """Rows of a batch to attend for at a time, which divide it: as many as leave room for tiles of
+    ``length``, or the largest. All of them where several devices share the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return batch
+    most = max(1, LOGITS_IN_FLIGHT // (heads * min(length, LARGEST) ** 2))
+    return max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
 
 
 def even_tile(length: int, limit: int) -> int:
