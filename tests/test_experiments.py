@@ -55,6 +55,14 @@ def test_compared_runs_lie_in_their_bands(monkeypatch):
         assert module.outside(result, read("article_comparison", "expected.json")[name]) == []
 
 
+def test_benchmarks_are_not_slower_than_promised(monkeypatch):
+    module = load("benchmarks", "record.py", monkeypatch)
+    rows, bands = read("benchmarks", "results.json"), read("benchmarks", "expected.json")
+    assert module.outside(rows, bands) == []
+    assert module.written(rows) == module.TABLES.read_text(encoding="utf-8")
+    assert module.outside(rows, [{**bands[0], "at_most": 0.0}])
+
+
 def test_every_folder_says_what_it_holds():
     folders = sorted(each.name for each in FOLDER.iterdir() if (each / "README.md").is_file())
     index = (FOLDER / "README.md").read_text(encoding="utf-8")
