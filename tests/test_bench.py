@@ -29,6 +29,7 @@ def test_columns_without_an_entry_are_left_out():
         ["1", ""],
         ["", "2"],
     ]
+    assert filled([["a", "b"]]) == [["a", "b"]]
 
 
 def test_lengths_are_numbers_in_order():

@@ -86,8 +86,8 @@ def cells(row: Row) -> list[str]:
 
 
 def filled(table: Sequence[list[str]]) -> list[list[str]]:
-    """The columns in which anything stands below the heading."""
-    columns = [column for column in zip(*table) if any(column[1:])]
+    """The columns in which anything stands below the heading; all of them if nothing does."""
+    columns = [column for column in zip(*table) if any(column[1:]) or len(table) == 1]
     return [list(line) for line in zip(*columns)]
 
 
