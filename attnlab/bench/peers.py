@@ -37,7 +37,7 @@ PEERS = {
     "torch sdpa, blocks and columns": Peer("torch", "fixed", torch_peers.fixed),
     "reformer-pytorch": Peer("reformer_pytorch", "lsh", torch_peers.reformer),
     "transformers, Reformer": Peer("transformers torch", "lsh", torch_peers.hugging_face_reformer),
-    "linformer package": Peer("linformer", "linformer", torch_peers.linformer),
+    "lucidrains/linformer": Peer("linformer", "linformer", torch_peers.linformer),
     "nystrom-attention": Peer("nystrom_attention", "nystrom", torch_peers.nystrom),
     "performer-pytorch": Peer("performer_pytorch", "favor", torch_peers.performer),
     "h-transformer-1d": Peer("h_transformer_1d", "hierarchical", torch_peers.h_transformer),
