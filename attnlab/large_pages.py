@@ -1,7 +1,7 @@
 """Memory in large pages on Linux, which the C library must be told before a program begins.
 
 What XLA computes with on a CPU is taken from the system and given back at every call: hundreds of
-MB, which in pages of 4 KiB cost more than a tenth of the time of a training step. Where the kernel
+MB, which in pages of 4 KiB cost about a tenth of the time of a training step. Where the kernel
 gives large pages to who asks, glibc 2.35 or later asks if its variable says so, and it reads that
 when a process starts.
 """
