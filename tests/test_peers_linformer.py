@@ -48,7 +48,7 @@ def test_outputs_and_gradients_equal_those_of_the_linformer_package(kv_heads):
 
     def loss(q, k, v, params):
         tokens = Queries(q, pos, pos * 0), Keys(k, v, pos, pos * 0)
-        out = Linformer(RANK, LENGTH, chunk=8)(params, *tokens, Rule(causal=False)).out
+        out = Linformer(RANK, LENGTH)(params, *tokens, Rule(causal=False)).out
         return jnp.sum(out * weight), out
 
     grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, params)

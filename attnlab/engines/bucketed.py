@@ -191,11 +191,11 @@ def _labels(tokens: tuple[Array, Array], plan: Plan) -> Array:
 
 def _tiles(reach: Reach, rule: Rule, q, k, v, labels: Array, r: Array, token: Array) -> _Tiles:
     """``token`` of the tiles of round ``r`` and of their neighbours [B H b + T + a C]."""
-    mine, theirs = _own(token, reach), _around(token, reach)
+    own, around = _own(token, reach), _around(token, reach)
     asks, answers = (
-        lax.optimization_barrier(jnp.moveaxis(_placed(labels, z), -1, 0)) for z in (mine, theirs)
+        lax.optimization_barrier(jnp.moveaxis(_placed(labels, z), -1, 0)) for z in (own, around)
     )
-    mine, theirs = _heads_first(mine), _heads_first(theirs)
+    mine, theirs = _heads_first(own), _heads_first(around)
     q_seg, k_seg = (jnp.where(z >= 0, y[1], -1) for z, y in ((mine, asks), (theirs, answers)))
 
     def meets(i: Array | int) -> Array:
@@ -208,7 +208,7 @@ def _tiles(reach: Reach, rule: Rule, q, k, v, labels: Array, r: Array, token: Ar
     if reach.united and rounds > 1:
         times = sum(meets(i).astype(jnp.float32) for i in range(rounds))
         often = jnp.log(jnp.maximum(times, 1.0))
-    q, k, v = _placed(q, _own(token, reach)), *(_placed(z, _around(token, reach)) for z in (k, v))
+    q, k, v = _placed(q, own), *(_placed(z, around) for z in (k, v))
     return _Tiles(q, k, v, asks[0], answers[0], seen, often)
 
 
@@ -216,7 +216,6 @@ def _unite(
     reach: Reach, rule: Rule, q, k, v, tokens: tuple[Array, Array], plan: Plan
 ) -> tuple[Array, Array]:
     """Heads first [B H N X] in and out, ``out`` f32; see `attend`."""
-
     labels = _labels(tokens, plan)
 
     def add_round(carry, xs):

@@ -25,7 +25,7 @@ from jax import lax
 
 from attnlab.core import Array, Dims
 from attnlab.engines import report_use, undecayed
-from attnlab.engines.undecayed import State, initial_state, latest_document, pad
+from attnlab.engines.undecayed import State, by_rows, initial_state, latest_document, pad
 from attnlab.products import mixed, scores
 
 
@@ -131,18 +131,13 @@ def _chunk(mean: bool, state: State, tokens: tuple) -> tuple[State, Array]:
     """One step of the scan: ``seg`` [B C], ``q`` [B C G R D], ``k`` [B C G D], ..."""
     seg, *arrays = tokens
 
-    def heads_first(z: Array | None) -> Array | None:
+    def heads_first(z: Array) -> Array:
         """f32 [B G ... C X], 0 in empty slots."""
-        if z is None:
-            return None
         z = z.astype(jnp.float32)
         full = (seg >= 0).reshape(*seg.shape, *[1] * (z.ndim - 2))
         return jnp.moveaxis(jnp.where(full, z, 0), 1, -2)
 
-    q, k, v, a, b = (heads_first(z) for z in arrays)
-    assert q is not None
-    assert k is not None
-    assert v is not None
+    q, k, v, a, b = jax.tree.map(heads_first, arrays)
     v = with_one(v) if mean else v
     along_axis = any(z is not None and z.shape[-1] > 1 for z in (a, b))
     within = _within_by_halves if along_axis else _within_by_table
@@ -150,7 +145,7 @@ def _chunk(mean: bool, state: State, tokens: tuple) -> tuple[State, Array]:
 
     old = (seg == state.seg[:, None]) & (seg >= 0)
     asking = jnp.where(old[:, None, None, :, None], _faded(q, a, sums_since, 1), 0)
-    out += _faded(_rows(mixed, asking, state.memory), b, sums_since, 1)
+    out += _faded(by_rows(mixed, asking, state.memory), b, sums_since, 1)
 
     latest, _ = latest_document(seg, state.seg)
     kept = ((seg == latest[:, None]) & (seg >= 0))[:, None, :, None]
@@ -172,23 +167,16 @@ def _faded(z: Array, decay: Array | None, sums: Callable, heads: int = 0) -> Arr
     return z * jnp.expand_dims(jnp.exp(sums(decay)), axes)
 
 
-def _rows(product: Callable, q: Array, other: Array) -> Array:
-    """A product of [B G R C X] with [B G Y Z]: the R heads of a kv head become rows of one."""
-    B, G, R, C, X = q.shape
-    return product(q.reshape(B, G, R * C, X), other).reshape(B, G, R, C, -1)
-
-
 def _within_by_table(
     q: Array, k: Array, v: Array, seg: Array, a: Array | None, b: Array | None
 ) -> Array:
     """What the tokens of a chunk read from each other, for one decay a head."""
     C = seg.shape[1]
     seen = (seg[:, :, None] == seg[:, None, :]) & jnp.tri(C, dtype=bool)
-    pairs = jnp.where(seen[:, None, None], _rows(scores, q, k), 0)
-    decays = [z for z in (a, b) if z is not None]
-    if decays:
-        pairs *= jnp.exp(sums_between(sum(decays[1:], decays[0])))[:, :, None]
-    return _rows(mixed, pairs, v)
+    pairs = jnp.where(seen[:, None, None], by_rows(scores, q, k), 0)
+    decay = sum(z for z in (a, b) if z is not None)
+    pairs *= jnp.exp(sums_between(jnp.asarray(decay)))[:, :, None]
+    return by_rows(mixed, pairs, v)
 
 
 def _within_by_halves(

@@ -134,7 +134,7 @@ def _mapped(features: Callable, z: Array, full: Array) -> Array:
     return jnp.where(full, features(jnp.where(full, z, 0.0)), 0.0)
 
 
-def _rows(product: Callable, q: Array, other: Array) -> Array:
+def by_rows(product: Callable, q: Array, other: Array) -> Array:
     """A product of [B G R C X] with [B G Y Z]: the R heads of a kv head become rows of one."""
     B, G, R, C, X = q.shape
     return product(q.reshape(B, G, R * C, X), other).reshape(B, G, R, C, -1)
@@ -170,13 +170,13 @@ def _forward(static, q, k, v, seg, state):
         q, k, v = map(_heads_first, arrays)
         q, k = _mapped(features, q, m.full), _mapped(features, k, m.full)
         v = jnp.where(m.full, v, 0.0)
-        pairs = jnp.where(m.seen, _rows(scores, q, k), 0.0)
+        pairs = jnp.where(m.seen, by_rows(scores, q, k), 0.0)
         asking = jnp.where(m.old[:, :, None], q, 0.0)
-        out = _rows(mixed, pairs, v) + _rows(mixed, asking, S)
+        out = by_rows(mixed, pairs, v) + by_rows(mixed, asking, S)
         telling = jnp.where(m.kept, k, 0.0)
         weight, after_z = jnp.ones(()), z
         if mean:
-            total = jnp.sum(pairs, -1, keepdims=True) + _rows(mixed, asking, z)
+            total = jnp.sum(pairs, -1, keepdims=True) + by_rows(mixed, asking, z)
             weight = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
             after_z = jnp.where(m.same, z, 0.0) + jnp.sum(telling, -2)[..., None]
         out = jnp.moveaxis(out * weight, -2, 1)
@@ -200,10 +200,10 @@ def _backward(static, kept, cotangents):
             jax.vjp(lambda z: _mapped(features, z, m.full), _heads_first(z)) for z in arrays[:2]
         )
         v = jnp.where(m.full, _heads_first(arrays[2]), 0.0)
-        pairs = jnp.where(m.seen, _rows(scores, q, k), 0.0)
+        pairs = jnp.where(m.seen, by_rows(scores, q, k), 0.0)
         d_sums = _heads_first(d_out) * weight
-        d_pairs = _rows(scores, d_sums, v)
-        d_asking = _rows(scores, d_sums, S)
+        d_pairs = by_rows(scores, d_sums, v)
+        d_asking = by_rows(scores, d_sums, S)
         d_telling = scores(v, dS)
         asking = jnp.where(m.old[:, :, None], q, 0.0)
         telling = jnp.where(m.kept, k, 0.0)
@@ -216,7 +216,7 @@ def _backward(static, kept, cotangents):
             d_telling += dz.swapaxes(-1, -2)
             before_z = jnp.where(m.same, dz, 0.0) + _gathered(asking, d_total)
         d_pairs = jnp.where(m.seen, d_pairs, 0.0)
-        dq = _rows(mixed, d_pairs, k) + jnp.where(m.old[:, :, None], d_asking, 0.0)
+        dq = by_rows(mixed, d_pairs, k) + jnp.where(m.old[:, :, None], d_asking, 0.0)
         dk = _gathered(d_pairs, q) + jnp.where(m.kept, d_telling, 0.0)
         dv = _gathered(pairs, d_sums) + mixed(telling, dS)
         grads = *pull_q(dq), *pull_k(dk), jnp.where(m.full, dv, 0.0)

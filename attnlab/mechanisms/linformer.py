@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
-from attnlab.engines import recurrent
+from attnlab.engines import blockwise, documents
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import rotated
+from attnlab.products import collected
 from attnlab.refusals import refuse_bias, refuse_causal, refuse_normaliser, refuse_taps
 from attnlab.registry import register
 
@@ -22,25 +23,24 @@ class Linformer(Mechanism):
 
     E, F [max_length k] are learned, shared by the heads; row j belongs to the token at position j
     of its document, and a token from ``max_length`` on is not seen. Each document is projected on
-    its own: with p = softmax(Σ_j (q·k_j) E_j / √D) and out = Σ_j (p·F_j) v_j both steps are kernel
-    sums over the document, so packing costs nothing. A triangular mask cannot make it causal, since
-    every row of K̄ holds every token.
+    its own, one after the other. A triangular mask cannot make it causal, since every row of K̄
+    holds every token.
     Shapes: queries [B N H D], keys [B N G D], values [B N G E] -> [B N H E].
-    Cost: O(N k (D + E)) time, O(N k) memory, 2 k max_length parameters a layer. Raises `UserError`
-    for rank, max_length or chunk < 1 and, when called, for more than ``max_length`` tokens, causal
-    rules, biased positions and taps on logits. Source: Wang et al., arXiv 2006.04768.
+    Cost: O(N k (D + E)) time a document of a row, O(N k) memory, 2 k max_length parameters a layer.
+    Raises `UserError` for rank or max_length < 1 and, when called, for more than ``max_length``
+    tokens, causal rules, biased positions and taps on logits. Source: Wang et al., arXiv
+    2006.04768.
     """
 
     rank: int = 128
     max_length: int = 4096
-    chunk: int = 64
 
     cost = Cost(time=1, memory=1, state=1)
     isotropic = False
 
     def __post_init__(self):
-        if min(self.rank, self.max_length, self.chunk) < 1:
-            raise UserError(f"linformer: {self}; use rank, max_length and chunk >= 1")
+        if min(self.rank, self.max_length) < 1:
+            raise UserError(f"linformer: {self}; use rank and max_length >= 1")
 
     @property
     def relative(self) -> bool:
@@ -55,17 +55,8 @@ class Linformer(Mechanism):
         }
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        if queries.q.shape[1] != keys.k.shape[1]:  # a few queries: the products of all pairs do
-            return self.reference(params, queries, keys, rule, state)
-        q, k, v, mix_k, mix_v = self._prepare(params, queries, keys, rule)
-        G = k.shape[2]
-
-        def per_head(mix: Array) -> Array:
-            return jnp.broadcast_to(mix[:, :, None], (*mix.shape[:2], G, self.rank))
-
-        z = recurrent.attend_both_ways(q, k, per_head(mix_k), keys.seg, self.chunk)
-        p = jax.nn.softmax(z, -1)
-        out = recurrent.attend_both_ways(p, per_head(mix_v), v, keys.seg, self.chunk)
+        arrays = self._prepare(params, queries, keys, rule)
+        out = documents.sum_over(_document, queries.seg, keys.seg, arrays)
         return Result(rule.tap("heads", out.astype(queries.q.dtype)), state)
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
@@ -103,11 +94,25 @@ class Linformer(Mechanism):
         return q * scale, k, keys.cleared().v.astype(jnp.float32), mix_k, mix_v
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
-        return sum(
-            recurrent.count_flops(each, length, self.chunk, causal=False)
-            for each in (dims._replace(value_dim=self.rank), dims._replace(key_dim=self.rank))
-        )
+        sides = (dims.heads + dims.kv_heads) * (dims.key_dim + dims.value_dim)
+        return 2.0 * length * self.rank * sides
 
     @classmethod
     def examples(cls):
-        return (cls(rank=6, max_length=2**15, chunk=8),)
+        return (cls(rank=6, max_length=2**15),)
+
+
+def _document(own_q: Array, own_k: Array, arrays) -> Array:
+    """The outputs of one document of each row, 0 elsewhere: f32 [B N H E]."""
+    q, k, v, mix_k, mix_v = arrays
+    short_k, short_v = (_projected(own_k, *pair) for pair in ((mix_k, k), (mix_v, v)))
+    none = jnp.zeros(short_k.shape[:2], jnp.int32)
+    queries = Queries(q, jnp.zeros(own_q.shape, jnp.int32), jnp.where(own_q, 0, -1))
+    rows = Keys(short_k, short_v, none, none)
+    return blockwise.attend(queries, rows, Rule(causal=False, scale=1.0))[0]
+
+
+def _projected(own: Array, mix: Array, z: Array) -> Array:
+    """Eᵀ z over the tokens of a document: [B M k], [B M G D] -> [B k G D]."""
+    rows = collected(jnp.where(own[..., None], mix, 0), z.reshape(*z.shape[:2], -1))
+    return rows.reshape(*rows.shape[:2], *z.shape[2:])
