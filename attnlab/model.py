@@ -28,6 +28,7 @@ from attnlab.core import (
     Queries,
     Rule,
 )
+from attnlab.products import projected
 
 ACTIVATIONS = {"swiglu": nn.silu, "gelu": nn.gelu}
 
@@ -91,7 +92,14 @@ def initial_memory(
 
 def _dense(features: int, scale: float, dtype: str, name: str) -> nn.Dense:
     init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
-    return nn.Dense(features, use_bias=False, kernel_init=init, dtype=dtype, name=name)
+    return nn.Dense(
+        features, use_bias=False, kernel_init=init, dtype=dtype, dot_general=_product, name=name
+    )
+
+
+def _product(x: Array, kernel: Array, *_, **__) -> Array:
+    """What `nn.Dense` asks of `lax.dot_general`."""
+    return projected(x, kernel)
 
 
 class Attention(nn.Module):

@@ -75,6 +75,30 @@ def test_the_wide_product_is_taken_in_the_other_order():
     assert first_operand(products.LARGE) == 5
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 37, 5), (2, 3, 4, 5)])
+def test_a_projection_and_its_gradients_are_those_of_a_product(shape):
+    normal = np.random.default_rng(0).standard_normal
+    x, kernel = jnp.asarray(normal(shape), jnp.float32), jnp.asarray(normal((5, 7)), jnp.float32)
+    for found, expected in zip(both(products.projected, x, kernel), both(jnp.matmul, x, kernel)):
+        size = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * size)
+
+
+def test_a_projection_keeps_low_precision():
+    x, kernel = jnp.ones((2, 5), jnp.bfloat16), jnp.ones((5, 7), jnp.bfloat16)
+    assert [z.dtype for z in both(products.projected, x, kernel)] == [jnp.bfloat16] * 3
+
+
+def test_the_gradient_of_a_kernel_is_taken_with_the_tokens_first():
+    def gradient(x, kernel):
+        return jax.grad(lambda kernel: jnp.sum(products.projected(x, kernel)))(kernel)
+
+    x, kernel = jnp.ones((6, 5)), jnp.ones((5, 7))
+    equations = flat(jax.make_jaxpr(gradient)(x, kernel).jaxpr.eqns)
+    dots = [e for e in equations if e.primitive.name == "dot_general"]
+    assert [z.aval.shape for z in dots[-1].invars] == [(6, 5), (6, 7)]
+
+
 def flat(equations):
     for equation in equations:
         yield equation
