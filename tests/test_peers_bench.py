@@ -9,7 +9,7 @@ import pytest
 
 from attnlab.bench import peers
 from attnlab.bench.sizes import Sizes
-from attnlab.core import Keys, Queries, Rule, mechanisms
+from attnlab.core import Dims, Keys, Queries, Rule, mechanisms
 from attnlab.errors import UserError
 
 B, N, H, D = 2, 128, 3, 16
@@ -17,13 +17,16 @@ OPTIONS = {
     "window": {"window": 16},
     "block": {"block": 32},
     "fixed": {"block": 32, "columns": 4},
+    "delta": {"rate": 2.0},
+    "gated_delta": {"rate": 1.0},
     "lsh": {"rounds": 2, "buckets": 8, "length": 16},
 }
-CAUSAL = {"torch sdpa, windows", "flash-linear-attention, naive"}
+FLA = [f"flash-linear-attention, naive{rule}" for rule in ("", " delta", " gated delta")]
+CAUSAL = {"torch sdpa, windows", *FLA}
 EXACT = [
     *("torch sdpa", "jax.nn", "tokamax", "tokamax, chunked"),
     *("torch sdpa, windows", "torch sdpa, blocks", "torch sdpa, blocks and columns"),
-    *("pytorch-fast-transformers", "flash-linear-attention, naive", "attnax"),
+    *("pytorch-fast-transformers", *FLA, "attnax"),
 ]
 
 pytestmark = [
@@ -73,11 +76,14 @@ def ours(name, causal):
     kind = peers.PEERS[name].mechanism
     mechanism = mechanisms.get(kind)(**OPTIONS.get(kind, {}))
     pos = jnp.broadcast_to(jnp.arange(N), (B, N))
+    # What is read off the input is the same for every token.
+    x = jnp.zeros((B, N, 1))
+    params = jax.tree.map(jnp.zeros_like, mechanism.init(jax.random.key(0), Dims(1, H, H, D, D)))
 
     def attend(*inputs):
         q, k, v = (z.swapaxes(1, 2) for z in inputs)
         tokens = Queries(q, pos, pos * 0), Keys(k, v, pos, pos * 0)
-        return mechanism({}, *tokens, Rule(causal=causal)).out.swapaxes(1, 2)
+        return mechanism(params, *tokens, Rule(causal=causal), x=x).out.swapaxes(1, 2)
 
     out, pull = jax.vjp(attend, *inputs)
     return [out, *pull(weight)]

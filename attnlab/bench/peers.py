@@ -47,6 +47,10 @@ PEERS = {
     ),
     "pytorch-fast-transformers": Peer("fast_transformers", "linear", torch_peers.fast_transformers),
     "flash-linear-attention, naive": Peer("fla triton", "linear", torch_peers.fla_linear),
+    "flash-linear-attention, naive delta": Peer("fla triton", "delta", torch_peers.fla_delta),
+    "flash-linear-attention, naive gated delta": Peer(
+        "fla triton", "gated_delta", torch_peers.fla_gated_delta
+    ),
     "attnax": Peer("attnax", "linear", jax_peers.attnax, torch=False),
 }
 

@@ -6,6 +6,7 @@ timed as of ours.
 """
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -221,6 +222,39 @@ def fla_linear(sizes: Sizes) -> Callable:
     def attend(q, k, v):
         q, k, v = (z.transpose(1, 2) for z in (elu(q) + 1, elu(k) + 1, v))
         return attention(q, k, v, normalize=True).transpose(1, 2)
+
+    return attend
+
+
+def fla_delta(sizes: Sizes) -> Callable:
+    """As `fla_linear`. Gates are read off the input, which is not handed over: they are what ours
+    are for parameters of 0, β = rate / 2."""
+    if not sizes.causal:
+        raise UserError("flash-linear-attention is causal only")
+    attention = importlib.import_module("fla.ops.delta_rule.naive").delta_rule_chunkwise
+    unit = importlib.import_module("torch").nn.functional.normalize
+
+    def attend(q, k, v):
+        beta = v.new_full(v.shape[:-1], sizes.options["rate"] / 2)
+        # It divides queries by √D.
+        return attention(unit(q, dim=-1) * sizes.head_dim**0.5, unit(k, dim=-1), v, beta)[0]
+
+    return attend
+
+
+def fla_gated_delta(sizes: Sizes) -> Callable:
+    """As `fla_delta`, with a = 1 / 2."""
+    if not sizes.causal:
+        raise UserError("flash-linear-attention is causal only")
+    package = importlib.import_module("fla.ops.gated_delta_rule.naive")
+    unit = importlib.import_module("torch").nn.functional.normalize
+
+    def attend(q, k, v):
+        q, k, v = (z.transpose(1, 2) for z in (unit(q, dim=-1), unit(k, dim=-1), v))
+        beta = v.new_full(v.shape[:-1], sizes.options["rate"] / 2)
+        decay = v.new_full(v.shape[:-1], -math.log(2))
+        out, _ = package.naive_chunk_gated_delta_rule(q, k, v, decay, beta, scale=1.0)
+        return out.transpose(1, 2)
 
     return attend
 
