@@ -23,7 +23,6 @@ from jax import lax
 
 from attnlab.core import Array, Dims
 from attnlab.engines import report_use
-from attnlab.engines.recurrent import sums_between, sums_since, sums_until
 from attnlab.engines.undecayed import State, by_rows, initial_state, latest_document, pad
 from attnlab.products import collected, mixed, scores
 
@@ -87,10 +86,11 @@ def attend_by_token(
 
 
 def count_flops(dims: Dims, length: int, chunk: int) -> float:
-    """Operations of `attend` over one sequence; the triangular system counts half of its square."""
+    """Operations of `attend` over one sequence; the triangular system counts half of its square,
+    and the sums of log decays are a product too."""
     H, G, D, E = dims.heads, dims.kv_heads, dims.key_dim, dims.value_dim
     size = 1 << (min(chunk, length) - 1).bit_length()
-    tables = H * (D + E) + G * (D + E / 2)
+    tables = H * (D + E) + G * (size + D + E / 2)
     return 2.0 * length * (size * tables + (H + 2 * G) * D * E)
 
 
@@ -132,6 +132,10 @@ def _prepared(seg: Array, before: Array, tokens: tuple) -> _Chunk:
         return jnp.moveaxis(jnp.where(there, z, 0).astype(jnp.float32), 1, -2)
 
     q, k, v, beta, decay = map(heads_first, tokens)
+    # Over s+1..t, each sum by itself: differences of large sums would round small ones. A product,
+    # since a cumulative sum and its gradient are slower.
+    sums = jnp.matmul(jnp.tri(C), decay * jnp.tri(C, k=-1), precision="highest")
+    from_start = sums[..., :1] + decay[..., :1, :]
     seen = (seg[:, :, None] == seg[:, None]) & jnp.tri(C, dtype=bool)
     old = (seg == before[:, None]) & full
     kept = (seg == latest[:, None]) & full
@@ -140,11 +144,11 @@ def _prepared(seg: Array, before: Array, tokens: tuple) -> _Chunk:
         unit(k),
         v,
         beta,
-        between=jnp.where(seen[:, None], jnp.exp(sums_between(decay)), 0),
-        since=jnp.where(rows(old), jnp.exp(sums_since(decay)), 0),
-        until=jnp.where(rows(kept), jnp.exp(sums_until(decay)), 0),
+        between=jnp.where(seen[:, None], jnp.exp(sums), 0),
+        since=jnp.where(rows(old), jnp.exp(from_start), 0),
+        until=jnp.where(rows(kept), jnp.exp(sums[..., -1, :, None]), 0),
         whole=jnp.where(
-            (latest == before)[:, None, None, None], jnp.exp(decay.sum(2, keepdims=True)), 0
+            (latest == before)[:, None, None, None], jnp.exp(from_start[..., -1:, :]), 0
         ),
     )
 
