@@ -8,9 +8,9 @@ Leaves runs/benchmarks/NAME/bench.jsonl. The machine must have nothing else to d
 import subprocess
 import sys
 
-PAIRS = "softmax,window,block,fixed,linear,favor,lsh,routing,hierarchical"
+PAIRS = "softmax,window,block,fixed,linear,favor,lsh,routing,hierarchical,gated_delta"
 BOTH_WAYS = "--attention=linformer,nystrom --config.model.causal=false"
-CONSTANT = "window,block,linear,favor,lsh,routing,transformer_xl,compressive,infini,gated_slots"
+CONSTANT = "window,block,linear,gated_delta,favor,lsh,routing,transformer_xl,compressive,infini,gated_slots"
 COMMANDS = {
     "peers_1": f"--attention={PAIRS} --lengths=4k --peers --threads=1 --repeats=15",
     "peers_2": f"--attention={PAIRS} --lengths=4k --peers --repeats=15",
@@ -19,7 +19,7 @@ COMMANDS = {
     "peers_16k": "--attention=softmax,window,linear --lengths=16k --peers",
     "growth": f"--attention={CONSTANT},fenwick,recurrent_memory --lengths=4k,16k,64k",
     "softmax_64k": "--attention=softmax --lengths=64k --repeats=3",
-    "decode": f"--mode=decode --attention=softmax,{CONSTANT} --lengths=1k,4k,16k",
+    "decode": f"--mode=decode --attention=softmax,{CONSTANT} --lengths=1k,4k,16k,64k",
     "train": "--mode=train --attention=softmax --lengths=1k --peers --config.task.batch=8 "
     "--config.model.layers=6 --config.model.width=256",
 }
