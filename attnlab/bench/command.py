@@ -229,7 +229,8 @@ def _name(point: Point) -> dict[str, Any]:
 def _beside(
     point: Point, mode: str, threads: int, repeats: int, peers: bool, empty: float
 ) -> list[dict[str, Any]]:
-    """The row of a point, and of each peer, which is called in turn with it: A B B A."""
+    """The row of a point, and of each peer, which is called in turn with it, A B B A, every
+    time once more than is counted."""
     asked, rows = _asked(point, mode, threads), []
     with Worker(asked) as ours:
         if not peers:
@@ -242,6 +243,7 @@ def _beside(
                     while not theirs.enough(repeats):
                         pair = (ours, theirs) if len(theirs.calls) % 2 else (theirs, ours)
                         for worker in pair:
+                            worker.wake()
                             worker.call()
                     row = _row(theirs, {**_name(point), "label": name}, 0.0)
                     for kind in ("wall", "cpu"):
