@@ -2,7 +2,7 @@
 begins.
 
 What XLA computes with on a CPU is taken from the system and given back at every call: GBs, which
-in pages of 4 KiB cost a third of the time of a training step. So the library is told to keep what
+in pages of 4 KiB cost a fifth of the time of a training step. So the library is told to keep what
 it was given back, up to the most that was ever in use, and, where the kernel gives large pages to
 who asks, to ask. It reads that when a process starts.
 """

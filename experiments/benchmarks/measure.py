@@ -1,4 +1,4 @@
-"""Everything that record.py gathers, one `attnlab bench` after the other, in about half an hour.
+"""Everything that record.py gathers, one `attnlab bench` after the other, in about an hour.
 
 python experiments/benchmarks/measure.py [NAME...]
 
@@ -10,7 +10,10 @@ import sys
 
 PAIRS = "softmax,window,block,fixed,linear,favor,lsh,routing,hierarchical,gated_delta"
 BOTH_WAYS = "--attention=linformer,nystrom --config.model.causal=false"
-CONSTANT = "window,block,linear,gated_delta,favor,lsh,routing,transformer_xl,compressive,infini,gated_slots"
+CONSTANT = (
+    "window,block,linear,gated_delta,favor,lsh,routing,transformer_xl,compressive,infini,"
+    "gated_slots"
+)
 COMMANDS = {
     "peers_1": f"--attention={PAIRS} --lengths=4k --peers --threads=1 --repeats=15",
     "peers_2": f"--attention={PAIRS} --lengths=4k --peers --repeats=15",
