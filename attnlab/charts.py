@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from attnlab.labels import write_labels
 from attnlab.plots import ink_of, save_figure, style_of
+from attnlab.scores import HEADLINES, headline_of
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -72,14 +73,16 @@ def format_power(number: float) -> str:
 
 def _scatter(axes: Any, entries: Entries, cost: Cost) -> tuple[Any, dict, dict]:
     points, colours = {}, {}
+    done = [entry["test"] for entry in entries if entry.get("test")]
+    headline = headline_of(done[0]) if done else HEADLINES[0]
     for i, entry in enumerate(entries):
-        x, bits = entry.get(cost.key), (entry.get("test") or {}).get("bits_per_byte")
-        if not x or bits is None or not math.isfinite(bits):
+        x, y = entry.get(cost.key), (entry.get("test") or {}).get(headline.key)
+        if not x or y is None or not math.isfinite(y):
             continue
         style = style_of(i)
-        axes.plot([x], [bits], ls="", color=style["color"], marker=style["marker"], ms=7, mew=0)
-        points[entry["label"]], colours[entry["label"]] = (x, bits), ink_of(i)
-    _name(axes, f"Quality against {cost.title}", cost.axis, "bits per byte")
+        axes.plot([x], [y], ls="", color=style["color"], marker=style["marker"], ms=7, mew=0)
+        points[entry["label"]], colours[entry["label"]] = (x, y), ink_of(i)
+    _name(axes, f"Quality against {cost.title}", cost.axis, headline.title)
     if points:
         axes.set_xscale("log")
         for side, values in zip("xy", zip(*points.values())):
@@ -113,6 +116,9 @@ def _thousands(axis: Any) -> None:
 
 
 def _context(axes: Any, entries: Entries) -> None:
+    """The loss of text by the tokens in sight, or the accuracy of answers by their distance."""
+    if any("by_distance" in (entry.get("test") or {}) for entry in entries):
+        return _distances(axes, entries)
     late: list[float] = []
     for i, entry in enumerate(entries):
         if rows := (entry.get("test") or {}).get("loss_by_context"):
@@ -127,6 +133,17 @@ def _context(axes: Any, entries: Entries) -> None:
         axes.set_ylim(min(late) - room, max(late) + room)
     _doubling(axes)
     _name(axes, "Does more context help?", "tokens in sight", "bits per token")
+
+
+def _distances(axes: Any, entries: Entries) -> None:
+    for i, entry in enumerate(entries):
+        if rows := (entry.get("test") or {}).get("by_distance"):
+            x = [(max(row["low"], 1) * row["high"]) ** 0.5 for row in rows]
+            y = [row["accuracy"] for row in rows]
+            axes.plot(x, y, label=entry["label"], **_line(i))
+    axes.set_ylim(-0.02, 1.02)
+    _doubling(axes)
+    _name(axes, "How far back?", "tokens back to the answer", "accuracy")
 
 
 def _recall(axes: Any, entries: Entries) -> None:

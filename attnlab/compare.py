@@ -27,6 +27,7 @@ from attnlab.config import to_json
 from attnlab.entries import differences, folder_of, make_configs, parse_entries
 from attnlab.errors import AttnlabError, DataError, UserError
 from attnlab.files import read_json, replace_file
+from attnlab.kinds import kind_of
 from attnlab.limits import validate
 from attnlab.plan import estimate_cost
 from attnlab.scoreboard import format_table, write
@@ -66,7 +67,7 @@ def compare(
     with Signals() as signals, Workdir(workdir) as place:
         task: Any = tasks.build(config.task, seed=config.seed)
         found = [
-            Entry(label, each, place.path / folder_of(label), task.vocab_size)
+            Entry(label, each, place.path / folder_of(label), task)
             for label, each in configs.items()
         ]
         for number, entry in enumerate(found, 1):
@@ -94,7 +95,7 @@ def _run(entry: Entry, head: str, signals: Signals) -> None:
             _child(entry, ["train", *asked], signals)
         if not entry.reason and _finished(entry):
             entry.state = "finished"
-            if not _measured(entry) and not signals.received:
+            if _has_text(entry) and not _measured(entry) and not signals.received:
                 _child(entry, ["needle", f"--workdir={entry.path}"], signals)
     except UserError as error:
         entry.fail("refused", str(error), error.code)
@@ -108,7 +109,8 @@ def _count(entry: Entry) -> None:
     """Traces the model without computing anything, so that a combination without meaning is
     refused before a process is started for it. A bug is left to that process to tell."""
     try:
-        entry.estimate = estimate_cost(entry.config, entry.vocab_size)
+        model = kind_of(entry.config).make_model(entry.config, entry.task)
+        entry.estimate = estimate_cost(entry.config, model)
     except AttnlabError:
         raise
     except Exception as error:
@@ -121,6 +123,11 @@ def _finished(entry: Entry) -> bool:
         return False
     run, now = Workdir(entry.path), json.loads(to_json(entry.config))
     return run.finished() is not None and not changes(run.config(), now)
+
+
+def _has_text(entry: Entry) -> bool:
+    """Whether a string can be planted in what it reads."""
+    return kind_of(entry.config).metric == "bits_per_byte"
 
 
 def _measured(entry: Entry) -> bool:
@@ -172,6 +179,7 @@ def _child(entry: Entry, arguments: Sequence[str], signals: Signals) -> None:
                 child.terminate()
                 child.wait()
             reader.join()
+            child.stderr.close()
     _judge(entry, child.returncode, lines, told)
 
 

@@ -18,7 +18,18 @@ from attnlab.files import read_json
 from attnlab.metrics import read_metrics
 from attnlab.plan import Estimate
 
-SCORES = ("bits_per_byte", "bits_per_byte_95", "documents", "bytes", "loss_by_context")
+SCORES = (
+    "bits_per_byte",
+    "bits_per_byte_95",
+    "documents",
+    "bytes",
+    "loss_by_context",
+    "accuracy",
+    "accuracy_95",
+    "rows",
+    "by_distance",
+)
+"""What is kept of a result, as far as its kind has it."""
 
 
 @dataclass
@@ -29,7 +40,7 @@ class Entry:
     label: str
     config: ConfigDict
     path: Path
-    vocab_size: int
+    task: Any
     state: str = "pending"
     reason: str = ""
     code: int = 0
@@ -54,9 +65,14 @@ def collect(
         "notes": list(notes),
         "shared": shared,
         "environment": {k: start.get(k) for k in ("devices", "platform", "versions", "git")},
-        "baselines": _read(done[0], "baselines.json") if done else {},
+        "baselines": _baselines(done[0]) if done else {},
         "entries": found,
     }
+
+
+def _baselines(entry: Entry) -> dict[str, Any]:
+    """What compressors make of the same text; nothing where the task is no text."""
+    return _read(entry, "baselines.json") if (entry.path / "baselines.json").exists() else {}
 
 
 def describe_entry(entry: Entry) -> dict[str, Any]:
@@ -88,7 +104,7 @@ def describe_entry(entry: Entry) -> dict[str, Any]:
         peaks = [row["train/peak_bytes"] for row in rows if "train/peak_bytes" in row]
         for split in ("validation", "test"):
             scores = _read(entry, f"{split}.json")
-            about[split] = {name: scores[name] for name in SCORES}
+            about[split] = {name: scores[name] for name in SCORES if name in scores}
         about |= {
             "tokens_per_second": measure_speed(rows, task.batch * task.length),
             "peak_bytes": max(peaks, default=None),

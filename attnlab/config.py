@@ -18,28 +18,23 @@ from attnlab.core import Mechanism, Normaliser, Position, mechanisms, normaliser
 from attnlab.errors import UserError, did_you_mean
 from attnlab.literals import kind_of, parse, text_of
 from attnlab.registry import Registry
+from attnlab.tasks import COMMON, recipes
 
 if TYPE_CHECKING:
     from attnlab.data.tokenizers import Tokenizer
-    from attnlab.model import Architecture, Transformer
+    from attnlab.model import Architecture, Classifier, Transformer
 
 
 def base(
-    attention: str = "softmax", position: str = "rope", normaliser: str = "softmax"
+    attention: str = "softmax",
+    position: str = "rope",
+    normaliser: str = "softmax",
+    task: str = "text",
 ) -> ConfigDict:
     """The defaults that every config file starts from, and the whole schema."""
     config = ConfigDict(
         {
             "seed": 0,
-            "task": {
-                "name": "text",
-                "corpus": "kjv",  # a name of `attnlab list corpora`, text:GLOB or tfds:NAME
-                "tokenizer": "bytes",  # or bpe:SIZE
-                "packing": "packed",  # "stream" is chosen where the attention carries its memory
-                "length": 512,  # tokens of a training sequence
-                "batch": 16,  # sequences of an optimizer step, over all devices
-                "fallback": "",  # a corpus to use, with a notice, when `corpus` cannot be fetched
-            },
             "model": {
                 "width": 256,
                 "layers": 6,
@@ -100,7 +95,8 @@ def base(
     config.attention = section(mechanisms, attention)
     config.position = section(positions, position)
     config.normaliser = section(normalisers, normaliser)
-    if any(mechanism.carries for mechanism in mechanisms_of(config)):
+    config.task = section(recipes, task)
+    if "packing" in config.task and any(m.carries for m in mechanisms_of(config)):
         config.task.packing = "stream"
     return config.lock()
 
@@ -109,6 +105,7 @@ REGISTRIES: dict[str, Registry] = {
     "attention": mechanisms,
     "position": positions,
     "normaliser": normalisers,
+    "task": recipes,
 }
 """The sections that hold the fields of one registered dataclass, chosen by ``name``."""
 
@@ -124,7 +121,8 @@ CHOICES = {
 
 
 def section(registry: Registry, name: str) -> ConfigDict:
-    """The config section of a registered dataclass: ``name`` and its fields at their defaults.
+    """The config section of a registered dataclass: ``name`` and its fields at their defaults; of
+    a task, also what all tasks have.
 
     Parts and patterns have sub-sections, see `attnlab.patterns`. Raises `UserError` for an unknown
     name.
@@ -133,7 +131,7 @@ def section(registry: Registry, name: str) -> ConfigDict:
     for key, cls in _classes(registry, name).items():
         fields = patterns.defaults(cls)
         result |= {key: fields} if key else fields
-    return ConfigDict(result).lock()
+    return ConfigDict(result | (COMMON if registry is recipes else {})).lock()
 
 
 def kinds(config: ConfigDict) -> dict[str, Any]:
@@ -206,6 +204,20 @@ def model_of(
     )
 
 
+def classifier_of(config: ConfigDict, vocab_size: int, classes: int) -> "Classifier":
+    """The encoder of a config with a head of so many ``classes``."""
+    from attnlab.model import Classifier
+
+    return Classifier(
+        architecture_of(config),
+        vocab_size,
+        mechanisms_of(config),
+        position_of(config),
+        classes,
+        normaliser_of(config),
+    )
+
+
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """The part after the colon of ``--config=FILE:key=value,...`` over typed defaults.
 
@@ -259,7 +271,8 @@ def from_json(text: str, where: str = "config.json") -> ConfigDict:
     try:
         stored = ConfigDict(json.loads(text))
         stored.normaliser = stored.get("normaliser", {"name": "softmax"})
-        config = base(stored.attention.name, stored.position.name, stored.normaliser.name)
+        stored.task = stored.get("task", {"name": "text"})
+        config = base(*(getattr(stored, path).name for path in REGISTRIES))
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{where}: {error}") from error

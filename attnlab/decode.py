@@ -183,6 +183,7 @@ def generate(
     from attnlab.runs import open_run
 
     run = open_run(workdir, step)
+    run.need_text()
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = {k: run.config.sample[k] if v is None else v for k, v in given.items()}
     count = run.config.sample.tokens if tokens is None else tokens

@@ -60,7 +60,7 @@ def make_configs(
         label for label, each in configs.items() if any(m.carries for m in mechanisms_of(each))
     ]
     notes = []
-    if carriers:
+    if carriers and "packing" in config.task:
         who = ", ".join(carriers)
         if config.task.packing != "stream":
             for each in configs.values():

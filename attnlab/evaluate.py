@@ -178,15 +178,15 @@ def evaluate(
     """Scores a run, prints the numbers, and writes a JSON file and a plot into
     ``workdir/evaluations``. Lengths beyond the training length are legal. Raises `UserError` for a
     wrong split, length, stride or step, `DataError` for data or checkpoints that cannot be read."""
-    from attnlab.plots import plot_contexts
+    from attnlab.kinds import kind_of
     from attnlab.runs import open_run
 
     for name, value in (("length", length), ("stride", stride)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     run = open_run(workdir, step)
-    task = run.task()
-    result = score_split(
+    task, kind = run.task(), kind_of(run.config)
+    result = kind.score(
         run.model,
         run.params,
         task,
@@ -196,14 +196,14 @@ def evaluate(
         length=length or 0,
         stride=stride or 0,
     )
-    print(format_scores(result))
-    name = f"{split}-length{result['length']}-stride{result['stride']}-step{run.step}"
+    print(kind.format(result))
+    strided = f"-stride{result['stride']}" if "stride" in result else ""
+    name = f"{split}-length{result['length']}{strided}-step{run.step}"
     folder = run.path / "evaluations"
     try:
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{name}.json", result)
-        curve = {f"{split}, {result['length']} tokens": result["loss_by_context"]}
-        plot_contexts(curve, folder / f"{name}.png")
+        kind.plot(result, folder / f"{name}.png")
     except OSError as error:
         raise DataError(f"cannot write in {folder}: {error.strerror}") from None
     print(f"written: {folder / name}.json and .png")

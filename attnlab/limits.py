@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from attnlab.config import CHOICES, architecture_of, flat, mechanisms_of, normaliser_of, position_of
 from attnlab.errors import UserError, did_you_mean
-from attnlab.tasks import names as task_names
 
 POSITIVE = (
     "task.length",
@@ -46,7 +45,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_choices(config: ConfigDict) -> None:
-    for path, choices in {**CHOICES, "task.name": task_names()}.items():
+    for path, choices in CHOICES.items():
         value = flat(config).get(path)
         if value is not None and value not in choices:
             raise UserError(f"{path}={value}: {did_you_mean(value, choices)}")
@@ -107,7 +106,7 @@ def _check_carrying(config: ConfigDict) -> None:
     name = next((name for m, name in zip(mechanisms_of(config), names) if m.carries), None)
     if name is None:
         return
-    if config.task.packing != "stream":
+    if config.task.get("packing", "stream") != "stream":
         raise UserError(
             f"task.packing={config.task.packing}: attention {name} carries its memory from "
             "batch to batch, so a row must read on where it stopped; use task.packing=stream"

@@ -1,6 +1,5 @@
 """``attnlab list``: what can be chosen, and everything about one choice."""
 
-import importlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +7,15 @@ from typing import Any
 from attnlab.errors import UserError, did_you_mean
 from attnlab.literals import text_of
 
-CONFIGURED = {"mechanisms": "attention", "positions": "position", "normalisers": "normaliser"}
+CONFIGURED = {
+    "mechanisms": "attention",
+    "positions": "position",
+    "normalisers": "normaliser",
+    "tasks": "task",
+}
 """The registries whose choices have options, and the config section those options stand in."""
 
-KINDS = (*CONFIGURED, "tasks", "corpora")
+KINDS = (*CONFIGURED, "corpora")
 
 
 def show(what: str | None = None) -> None:
@@ -42,14 +46,9 @@ def _show_kind(kind: str) -> None:
         from attnlab.data import tables
 
         tables.run_list()
-    elif kind == "tasks":
-        from attnlab import tasks
-
-        modules = {n: importlib.import_module(f"attnlab.tasks.{n}") for n in tasks.names()}
-        print(table([(name, _summary(module)) for name, module in modules.items()]))
     else:
         registry = _registry(kind)
-        things = {name: registry.get(name) for name in registry.names()}
+        things = {name: _described(kind, registry.get(name)) for name in registry.names()}
         if kind == "mechanisms":
             head = ("name", "time", "memory", "state", "")
             rows = [(n, *map(_growth, t.cost), _summary(t)) for n, t in things.items()]
@@ -76,10 +75,20 @@ def _card(kind: str, name: str) -> str:
     cls, key = _registry(kind).get(name), CONFIGURED[kind]
     typed = [f"--config.{key}.{f.name}={text_of(f.default)}" for f in options(cls)]
     chosen = f"{key}={name}"
-    return "\n".join([chosen, "", inspect.getdoc(cls) or "", "", *(typed or ["no options"])])
+    texts = [inspect.getdoc(thing) or "" for thing in dict.fromkeys((_described(kind, cls), cls))]
+    return "\n".join([chosen, "", "\n\n".join(texts), "", *(typed or ["no options"])])
+
+
+def _described(kind: str, cls: type) -> Any:
+    """What says what it is: a task's file defines it, and its class the options."""
+    return inspect.getmodule(cls) if kind == "tasks" else cls
 
 
 def _registry(kind: str) -> Any:
+    if kind == "tasks":
+        from attnlab.tasks import recipes
+
+        return recipes
     from attnlab import core
 
     return getattr(core, kind)

@@ -35,6 +35,14 @@ def train(line: Line) -> int | None:
 
 def evaluate(line: Line) -> int | None:
     line.need("workdir", "runs/first")
+    if "suite" in line.flags:
+        if "stride" in line.flags:
+            raise UserError("--stride: a suite reads every token once; leave it out")
+        from attnlab.suite import run_suite
+
+        return run_suite(**line.flags)
+    if "toy" in line.flags:
+        raise UserError("--toy belongs to --suite=long_context")
     from attnlab.evaluate import evaluate
 
     return evaluate(**line.flags)
@@ -145,6 +153,8 @@ COMMANDS = {
             "split": Flag("train, validation or test (default test)", example="NAME"),
             "length": Flag("tokens of a window; default that of training", int, "N"),
             "stride": Flag("tokens scored per window; default all", int, "S"),
+            "suite": Flag("long_context: at many lengths, up to --length", example="NAME"),
+            "toy": Flag("a suite in a minute, of few tokens", bool),
             **STEP,
         },
     ),

@@ -304,3 +304,7 @@ class Classifier(nn.Module):
         count = jnp.maximum(jnp.sum(full, 1), 1)
         mean = jnp.sum(jnp.where(full, x, 0).astype(jnp.float32), 1) / count
         return nn.Dense(self.classes, name="head")(mean), extras
+
+
+Model = Transformer | Classifier
+"""What can be trained."""

@@ -168,6 +168,7 @@ def needle(
     if seed < 0:
         raise UserError(f"seed={seed} must be at least 0")
     run = open_run(workdir, step)
+    run.need_text()
     trained, most = run.config.task.length, run.config.evaluate.batch
     length = length or trained
     batch = min(samples, max(1, most * trained // max(length, trained)))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from attnlab.config import CHOICES, REGISTRIES, base, flat, from_json, kinds, put, section
 from attnlab.errors import AttnlabError, UserError, did_you_mean
 from attnlab.literals import parse
-from attnlab.tasks import names as task_names
+from attnlab.tasks import COMMON
 
 ALIASES = {
     "lr": "optimizer.learning_rate",
@@ -78,20 +78,23 @@ def load(spec: str) -> ConfigDict:
 def override(config: ConfigDict, path: str, text: str) -> None:
     """Sets the field at a dotted path to what `text` says, read by the field's type, in place.
 
-    A new ``attention``, ``position`` or ``normaliser`` name replaces its section by that
-    dataclass's defaults.
+    A new ``attention``, ``position``, ``normaliser`` or ``task`` name replaces its section by that
+    dataclass's defaults; length and batch of a task stay.
     Raises `UserError` for an unknown path, a value of the wrong type, or an illegal choice.
     """
     for key, registry in REGISTRIES.items():
         if path in (key, f"{key}.name"):
+            new = section(registry, text)
+            if key == "task":
+                new.update({field: config.task[field] for field in COMMON})
             with config.unlocked():
-                config[key] = section(registry, text)
+                config[key] = new
             return
     known = kinds(config)
     if path not in known:
         raise UserError(unknown(config, path))
     value = parse(text, known[path], f"--config.{path}")
-    choices = task_names() if path == "task.name" else CHOICES.get(path)
+    choices = CHOICES.get(path)
     if choices and value not in choices:
         raise UserError(f"--config.{path}={text}: not one of {', '.join(choices)}")
     put(config, path, value)

@@ -17,14 +17,14 @@ from ml_collections import ConfigDict
 
 from attnlab import tasks
 from attnlab.carry import nothing_read, resume
-from attnlab.config import model_of
 from attnlab.errors import UserError
+from attnlab.kinds import kind_of
 from attnlab.limits import validate
-from attnlab.model import Transformer, initial_memory
+from attnlab.model import Classifier, Model, Transformer, initial_memory
 from attnlab.optimizer import make_optimizer
 from attnlab.sharding import batch_sharding, make_mesh
 from attnlab.statistics import merge, split
-from attnlab.step import init_state, token_losses
+from attnlab.step import init_state, losses_of
 
 
 class Layers(NamedTuple):
@@ -65,7 +65,8 @@ def plan(config: ConfigDict) -> None:
     mesh = make_mesh(config.mesh)
     batch_sharding(mesh, config.task.batch)
     task = tasks.build(config.task, seed=config.seed)
-    estimate = estimate_cost(config, task.vocab_size, mesh.size, mesh.shape["fsdp"])
+    model = kind_of(config).make_model(config, task)
+    estimate = estimate_cost(config, model, mesh.size, mesh.shape["fsdp"])
     splits = task.info().get("splits", {})
     tokens, available = splits.get("train", {}).get("tokens"), device_memory()
     print(describe(config, estimate, tokens, available))
@@ -77,19 +78,19 @@ def plan(config: ConfigDict) -> None:
         )
 
 
-def estimate_cost(config: ConfigDict, vocab_size: int, devices: int = 1, fsdp: int = 1) -> Estimate:
-    """Counts parameters, FLOPs and bytes of a config; traces the model, about a second.
+def estimate_cost(config: ConfigDict, model: Model, devices: int = 1, fsdp: int = 1) -> Estimate:
+    """Counts parameters, FLOPs and bytes of a config and its model, which it traces in a second.
 
     Activations are what autodiff keeps of one part of the batch, before XLA fuses any of it away.
     """
-    model = model_of(config, vocab_size)
     a, length = model.architecture, config.task.length
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))
     learned, measured = split(state.params)
     parts = {name: _count(part) for name, part in learned["backbone"].items()}
     parts |= {name: _count(part) for name, part in learned.items() if name != "backbone"}
-    multiplied = sum(parts.values()) - (0 if a.tied else parts["embedding"])
+    read_out = a.tied and isinstance(model, Transformer)
+    multiplied = sum(parts.values()) - (0 if read_out else parts["embedding"])
     layers = _layers(model, config.attention.name.split("+"), length)
     gradients = _size(learned) * (2 if config.optimizer.accumulate > 1 else 1)
     rows = config.task.batch // config.optimizer.accumulate
@@ -106,7 +107,7 @@ def estimate_cost(config: ConfigDict, vocab_size: int, devices: int = 1, fsdp: i
     )
 
 
-def _layers(model: Transformer, names: Sequence[str], length: int) -> dict[str, Layers]:
+def _layers(model: Model, names: Sequence[str], length: int) -> dict[str, Layers]:
     """The layers of each mechanism; ``names`` are those of one cycle."""
     a, layers = model.architecture, {}
     for name, mechanism in zip(itertools.cycle(names), model.mechanisms):
@@ -157,7 +158,7 @@ def device_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
-def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
+def _residuals(model: Model, params: Any, rows: int, length: int) -> int:
     """Bytes between the forward and the backward pass of the loss, parameters themselves apart.
 
     With `remat`, one layer more, which the backward pass has open at a time.
@@ -168,12 +169,14 @@ def _residuals(model: Transformer, params: Any, rows: int, length: int) -> int:
     def backward(learned, measured):
         zeros = jnp.zeros((rows, length), jnp.int32)
         batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
+        if isinstance(model, Classifier):
+            batch["targets"] = zeros[:, 0]
         rngs = {"dropout": jax.random.key(0), "attention": jax.random.key(0)}
         read = nothing_read(model, rows)
 
         def loss(learned):
             params, past = merge(learned, measured), resume(model, read, batch)
-            losses = token_losses(model, params, batch, past, train=True, rngs=rngs)
+            losses = losses_of(model, params, batch, past, train=True, rngs=rngs)
             return jnp.mean(losses.nll) + losses.balance
 
         return jax.vjp(loss, learned)[1]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.files import replace_file
+from attnlab.scores import headline_of
 
 GREYS = ("#8c8c8c", "#6f6f6f", "#525252")
 COLOURS = (
@@ -113,3 +114,90 @@ def plot_contexts(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
     axes.set(xlabel="tokens read before", ylabel="bits per token")
     axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def plot_accuracy(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Accuracy of the validation split (dots, left) and training loss (thin, right) against the
+    step, given the rows of each run's metrics.jsonl. Writes a PNG."""
+    figure, axes = _axes()
+    losses = axes.twinx()
+    losses.spines["top"].set_visible(False)
+    for i, (name, rows) in enumerate(runs.items()):
+        look, prefix = style_of(i), f"{name}: " * (len(runs) > 1)
+        if points := _points(rows, "train/loss"):
+            losses.plot(*zip(*points), color=look["color"], lw=1, alpha=0.4)
+        if points := _points(rows, "validation/accuracy"):
+            axes.plot(
+                *zip(*points), color=look["color"], marker="o", ms=4, label=f"{prefix}accuracy"
+            )
+        axes.plot([], [], color=look["color"], lw=1, alpha=0.4, label=f"{prefix}training loss")
+    axes.locator_params(axis="x", integer=True)
+    axes.set(xlabel="step", ylabel="accuracy of the validation split", ylim=(-0.02, 1.02))
+    losses.set(ylabel="nats per answer in training", ylim=(0, None))
+    axes.legend(frameon=False, loc="center right")
+    save_figure(figure, path)
+
+
+def plot_distances(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Accuracy against the distance of the answer in tokens, one curve per name; rows as
+    `answers.summarise` gives them (``low``, ``high``, ``accuracy``). Writes a PNG."""
+    figure, axes = _axes()
+    for i, (name, rows) in enumerate(curves.items()):
+        x = [(max(r["low"], 1) * r["high"]) ** 0.5 for r in rows]
+        if rows:
+            axes.plot(x, [r["accuracy"] for r in rows], label=name, **style_of(i))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set(xlabel="tokens back to the answer", ylabel="accuracy", ylim=(-0.02, 1.02))
+    if axes.lines:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "this task has no distances", ha="center", transform=axes.transAxes)
+    save_figure(figure, path)
+
+
+def plot_lengths(found: Mapping[int, Mapping[str, Any]], trained: int, path: Path) -> None:
+    """The headline against the length, and recall by length and depth (or distance) as a heat map;
+    by length what `kinds.Kind.probe` gives. Writes a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    line, heat = figure.subplots(1, 2)
+    _headlines(line, found, trained)
+    at = sorted({cell["at"] for each in found.values() for cell in each["cells"]})
+    grid = [[math.nan] * len(found) for _ in at]
+    for column, each in enumerate(found.values()):
+        for cell in each["cells"]:
+            grid[at.index(cell["at"])][column] = cell["accuracy"]
+    if at:
+        image = heat.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        for row, values in enumerate(grid):
+            for column, value in enumerate(values):
+                if math.isfinite(value):
+                    ink = "black" if value > 0.6 else "white"
+                    heat.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+        heat.set_xticks(range(len(found)), [f"{n:,}" for n in found])
+        heat.set_yticks(range(len(at)), [f"{y:g}" for y in at])
+        axis = next(iter(found.values()))["axis"]
+        name = {"depth": "depth of the answer", "distance": "tokens back to the string"}[axis]
+        heat.set(xlabel="tokens", ylabel=name, title="share recalled")
+        figure.colorbar(image, ax=heat)
+    else:
+        heat.set_axis_off()
+    save_figure(figure, path)
+
+
+def _headlines(axes: Any, found: Mapping[int, Mapping[str, Any]], trained: int) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("tokens")
+    axes.axvline(trained, color=GREYS[0], ls="--", lw=1, label="length of training")
+    if found:
+        headline = headline_of(next(iter(found.values())))
+        axes.plot(list(found), [each[headline.key] for each in found.values()], **style_of(0))
+        axes.set_ylabel(headline.title)
+        if headline.higher:
+            axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False)

@@ -1,4 +1,5 @@
-"""What a run leaves to be read: scores, a sample, ``loss.png`` and a one-page ``report.html``."""
+"""What a run on text leaves to be read: scores, a sample, ``loss.png``, ``report.html``; and the
+table of finished runs of any kind."""
 
 import html
 import json
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from attnlab.analysis.charts import plot_spread
 from attnlab.analysis.logged import history
-from attnlab.config import base, diff
+from attnlab.config import REGISTRIES, base, diff
 from attnlab.decode import sample_text
 from attnlab.errors import DataError, UserError
 from attnlab.evaluate import format_scores, score_split
@@ -19,6 +20,7 @@ from attnlab.files import read_json, replace_file, write_json
 from attnlab.metrics import read_metrics
 from attnlab.page import count, image, number, plain, table, write_page
 from attnlab.plots import plot_contexts, plot_training
+from attnlab.scores import headline_of
 from attnlab.workdir import Workdir
 
 SPREAD = "dilution.png"
@@ -82,16 +84,13 @@ def write_report(
 ) -> None:
     """``report.html`` in the workdir: one self-contained file. ``spread`` says that there is a
     picture of how the attention spread while the run learnt."""
-    test, attempts = results["test"], read_json(run.path / "run.json")["attempts"]
-    defaults = base(config.attention.name, config.position.name, config.normaliser.name)
-    changed = diff(defaults, config) or ["nothing"]
+    test = results["test"]
     low_high = test["bits_per_byte_95"]
     interval = f" (95 % over documents: {low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
     tokens = test["step"] * config.task.batch * config.task.length
     own = f"{test['bits_per_byte']:.4f}"
     body = [
-        f"<h1>{html.escape(run.path.name)}: {html.escape(config.attention.name)}, "
-        f"{html.escape(config.position.name)}, {html.escape(config.normaliser.name)}</h1>",
+        heading(run, config),
         f"<p><b>{own} bits per byte</b>{interval} on "
         f"{count(test['documents'], 'held-out document')} of "
         f"{html.escape(str(test['corpus']))} ({test['bytes']:,} bytes), after "
@@ -132,6 +131,23 @@ def write_report(
             ],
         ),
         *(["<h2>How attention spreads</h2>", image(run.path / SPREAD)] if spread else []),
+        *how_it_was_made(run, config, data),
+    ]
+    write_page(run.path / "report.html", run.path.name, body)
+
+
+def heading(run: Workdir, config: ConfigDict) -> str:
+    """The name of a run and of what it is made of, as HTML."""
+    names = (config.attention.name, config.position.name, config.normaliser.name)
+    return f"<h1>{html.escape(run.path.name)}: {html.escape(', '.join(names))}</h1>"
+
+
+def how_it_was_made(run: Workdir, config: ConfigDict, data: Mapping[str, Any]) -> list[str]:
+    """The last section of a report, as HTML: command, config, data, environment."""
+    attempts = read_json(run.path / "run.json")["attempts"]
+    defaults = base(*(config[path].name for path in REGISTRIES))
+    changed = diff(defaults, config) or ["nothing"]
+    return [
         "<h2>How it was made</h2>",
         f"<pre>{html.escape(shlex.join(attempts[-1]['command']))}</pre>",
         f"<p>Changed from the defaults: <code>{html.escape('; '.join(changed))}</code></p>",
@@ -143,7 +159,6 @@ def write_report(
         f"<details><summary>Whole config</summary><pre>"
         f"{html.escape(json.dumps(config.to_dict(), indent=2))}</pre></details>",
     ]
-    write_page(run.path / "report.html", run.path.name, body)
 
 
 COLUMNS = (
@@ -151,14 +166,14 @@ COLUMNS = (
     "attention",
     "position",
     "normaliser",
-    "bits per byte",
+    "score",
     "95 %",
     "steps",
-    "corpus",
+    "data",
     "window",
 )
-SAME = ("corpus", "tokenizer", "length", "stride", "bytes")
-"""Fields of test.json that make two scores comparable."""
+SAME = ("corpus", "tokenizer", "length", "stride", "bytes", "task", "rows")
+"""Fields of test.json, as far as its kind has them, that make two scores comparable."""
 
 
 def report(workdirs: Sequence[str], out: str | None = None) -> None:
@@ -170,29 +185,33 @@ def report(workdirs: Sequence[str], out: str | None = None) -> None:
     """
     if out and Path(out).suffix not in (".md", ".png"):
         raise UserError(f"--out={out}: must end in .png (the curves) or .md (the table)")
-    found = sorted((_result(path) for path in workdirs), key=lambda r: r[1]["bits_per_byte"])
-    rows: list[list[str]] = [list(COLUMNS)]
+    found = [_result(path) for path in workdirs]
+    headline = headline_of(found[0][1])
+    if strange := [run.path for run, test, _ in found if headline.key not in test]:
+        raise UserError(f"{strange[0]} has no {headline.title}: its task is of another kind")
+    found.sort(key=lambda r: r[1][headline.key], reverse=headline.higher)
+    rows: list[list[str]] = [[headline.title if c == "score" else c for c in COLUMNS]]
     for run, test, config in found:
-        low_high = test["bits_per_byte_95"]
+        low_high = test[f"{headline.key}_95"]
         rows.append(
             [
                 run.path.name,
                 config["attention"]["name"],
                 config["position"]["name"],
                 config["normaliser"]["name"],
-                f"{test['bits_per_byte']:.4f}",
+                f"{test[headline.key]:.4f}",
                 f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "–",
                 str(test["step"]),
-                str(test["corpus"]),
+                str(test.get("corpus", config["task"]["name"])),
                 str(test["length"]),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    differ = [name for name in SAME if len({str(test[name]) for _, test, _ in found}) > 1]
+    differ = [name for name in SAME if len({str(test.get(name)) for _, test, _ in found}) > 1]
     if differ:
-        print(f"not comparable: the runs differ in {', '.join(differ)} of the scored text")
+        print(f"not comparable: the runs differ in {', '.join(differ)} of what was scored")
     if out:
         _write_comparison(Path(out), rows, [run for run, _, _ in found])
         print(f"written: {out}")
@@ -205,9 +224,9 @@ def _result(path: str) -> tuple[Workdir, dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path}: the run is not finished; train it to its end first")
     try:
         test = read_json(run.path / "test.json")
-        if not {*SAME, "bits_per_byte", "bits_per_byte_95", "step"} <= test.keys():
+        if not {f"{headline_of(test).key}_95", "length", "step"} <= test.keys():
             raise ValueError
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         fix = f"write it with attnlab train --workdir={path} after deleting {path}/run.json"
         raise DataError(f"no readable result in {run.path / 'test.json'}; {fix}") from None
     return run, test, run.config()

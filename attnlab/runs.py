@@ -7,15 +7,17 @@ import jax
 from ml_collections import ConfigDict
 
 from attnlab.checkpoint import Checkpoints
-from attnlab.config import from_json, model_of
+from attnlab.config import from_json
 from attnlab.errors import UserError
+from attnlab.kinds import kind_of
 from attnlab.model import Transformer
 from attnlab.step import init_params
 from attnlab.workdir import Workdir
 
 
 class Run(NamedTuple):
-    """``params`` are those that the run evaluates (the average where one is kept)."""
+    """``params`` are those that the run evaluates (the average where one is kept); ``tokenizer``
+    is None where the task is not text."""
 
     path: Path
     config: ConfigDict
@@ -30,6 +32,14 @@ class Run(NamedTuple):
 
         return tasks.build(self.config.task, seed=self.config.seed)
 
+    def need_text(self) -> None:
+        """Raises `UserError` for a run that has read no text."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.path} was trained on task {self.config.task.name}, which is no text; "
+                "attnlab evaluate scores it"
+            )
+
 
 def open_run(path: str | Path, step: int | None = None) -> Run:
     """The newest sound checkpoint of the run in ``path``, or that of ``step``.
@@ -37,13 +47,10 @@ def open_run(path: str | Path, step: int | None = None) -> Run:
     Raises `UserError` where there is no run, no checkpoint yet, or not that step; `DataError` where
     none is sound.
     """
-    from attnlab.data import tokenizers
-
     workdir = Workdir.existing(path)
     file = workdir.path / "config.json"
     config = from_json(file.read_text(encoding="utf-8"), str(file))
-    tokenizer = tokenizers.load(workdir.path)
-    model = model_of(config, tokenizer.vocab_size, tokenizer)
+    model, tokenizer = kind_of(config).open(config, workdir.path)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=here), shapes)

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from attnlab.charts import format_power, plot_context, plot_costs, plot_overview, plot_recall
 from attnlab.files import replace_file, write_json
 from attnlab.page import image, number, plain, table, write_page
+from attnlab.scores import HEADLINES, Headline, headline_of
 
 COLUMNS = (
     "mechanism",
-    "bits per byte",
+    "score",
     "95 %",
     "validation",
     "recall near",
@@ -27,20 +28,20 @@ COLUMNS = (
 
 
 def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """One row an entry, in the order of `COLUMNS`: finished ones by their score, then the rest."""
+    """One row a finished entry, in the order of `COLUMNS`, the best first."""
     done = [e for e in result["entries"] if e.get("test")]
-    rows = []
-    for entry in sorted(done, key=lambda e: e["test"]["bits_per_byte"]):
+    rows, headline = [], _headline(result)
+    for entry in sorted(done, key=lambda e: e["test"][headline.key], reverse=headline.higher):
         test, needle = entry["test"], entry["needle"]
-        low_high = test["bits_per_byte_95"]
+        low_high = test[f"{headline.key}_95"]
         recall = [row["accuracy"] for row in needle["distances"]] if needle else None
         growth = entry.get("growth") or {}
         rows.append(
             [
                 entry["label"],
-                f"{test['bits_per_byte']:.4f}",
+                f"{test[headline.key]:.4f}",
                 f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "–",
-                f"{entry['validation']['bits_per_byte']:.4f}",
+                f"{entry['validation'][headline.key]:.4f}",
                 f"{recall[0]:.2f}" if recall else "–",
                 f"{recall[-1]:.2f}" if recall else "–",
                 _short(entry["tokens_per_second"]),
@@ -54,6 +55,17 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _headline(result: Mapping[str, Any]) -> Headline:
+    """What the entries are ranked by; bits per byte as long as none is finished."""
+    done = [e["test"] for e in result["entries"] if e.get("test")]
+    return headline_of(done[0]) if done else HEADLINES[0]
+
+
+def columns(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """`COLUMNS` with the name of the score."""
+    return tuple(_headline(result).title if name == "score" else name for name in COLUMNS)
+
+
 def failures(result: Mapping[str, Any]) -> list[list[str]]:
     """Label, state and reason of every entry that something is to be said about."""
     return [
@@ -65,7 +77,10 @@ def failures(result: Mapping[str, Any]) -> list[list[str]]:
 
 def format_table(result: Mapping[str, Any]) -> str:
     """The comparison for a terminal."""
-    rows = [[row[i] for i in (0, 1, 3, 4, 5, 6, 7, 10)] for row in [COLUMNS, *table_rows(result)]]
+    rows = [
+        [row[i] for i in (0, 1, 3, 4, 5, 6, 7, 10)]
+        for row in [columns(result), *table_rows(result)]
+    ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
@@ -93,8 +108,9 @@ def title_of(result: Mapping[str, Any]) -> str:
     shared = result["shared"]
     task, model = shared["task"], shared["model"]
     tokens = task["batch"] * task["length"] * shared["train"]["steps"]
+    data = task.get("corpus", task["name"])
     return (
-        f"{task['corpus']}, sequences of {task['length']:,} tokens, {model['layers']} layers of "
+        f"{data}, sequences of {task['length']:,} tokens, {model['layers']} layers of "
         f"width {model['width']}, {format_power(tokens)} tokens of training each"
     )
 
@@ -109,7 +125,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any], level: str = "### ") -> str:
     """Its tables in Markdown, under headings of that level."""
-    parts = [_markdown_table(COLUMNS, table_rows(result))]
+    parts = [_markdown_table(columns(result), table_rows(result))]
     if bad := failures(result):
         parts.append(_markdown_table(("entry", "state", "why"), bad))
     for section in sections(result):
@@ -132,9 +148,10 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
     done = [entry for entry in result["entries"] if entry.get("test")]
     planted = [entry for entry in done if entry["needle"]]
     found = []
-    if done:
+    curves = [e for e in done if "loss_by_context" in e["test"]]
+    if curves:
         # One that carries its state counts all of a document, not only one window of it.
-        seen = {e["label"]: {r["low"]: r for r in e["test"]["loss_by_context"]} for e in done}
+        seen = {e["label"]: {r["low"]: r for r in e["test"]["loss_by_context"]} for e in curves}
         lows = sorted({low for rows in seen.values() for low in rows})
         head = [f"{low:,}" for low in lows]
         rows = [
@@ -143,6 +160,16 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
         ]
         note = "Bits per token of held-out text, by tokens in sight, from the number above on."
         found.append(Section("Does more context help?", note, ["mechanism", *head], rows))
+    if asked := [e for e in done if e["test"].get("by_distance")]:
+        answered = {e["label"]: {int(r["low"]): r for r in e["test"]["by_distance"]} for e in asked}
+        lows = sorted({low for each in answered.values() for low in each})
+        rows = [
+            [label, *(f"{r[low]['accuracy']:.3f}" if low in r else "–" for low in lows)]
+            for label, r in answered.items()
+        ]
+        note = "Share of the answers that are right, by tokens back to the answer, from the number "
+        head = ["mechanism", *(f"{low:,}" for low in lows)]
+        found.append(Section("How far back?", note + "above on.", head, rows))
     if planted:
         about = planted[0]["needle"]
         distances = [f"{row['distance']:,}" for row in about["distances"]]
@@ -167,7 +194,8 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
 
 MEANING = (
     "Bits per byte of held-out documents, lower is better; the interval is a bootstrap over "
-    "documents, which moves together for all. Recall: share of the second half of a planted "
+    "documents, which moves together for all. Accuracy: share of the answers of held-out rows that "
+    "are right, with an interval over rows. Recall: share of the second half of a planted "
     "random string that is predicted right, at the nearest and the farthest distance. Tokens per "
     "second: median over training steps. Peak memory: of the device, or of the whole process "
     "on a CPU. Attention FLOPs: per training token, forward and backward, counted. Decoding: "
@@ -185,7 +213,7 @@ def _page(result: Mapping[str, Any], folder: Path) -> list[str]:
     body = [
         "<h1>Comparison</h1>",
         f"<p>{html.escape(title_of(result))}.</p>",
-        f'<div class="wide">{table(COLUMNS, table_rows(result))}</div>',
+        f'<div class="wide">{table(columns(result), table_rows(result))}</div>',
         f'<p class="note">{MEANING}</p>',
         *([table(("entry", "state", "why"), bad)] if bad else []),
         *(f"<p>{html.escape(note)}</p>" for note in result["notes"]),
@@ -193,7 +221,7 @@ def _page(result: Mapping[str, Any], folder: Path) -> list[str]:
         "<h2>Quality against cost</h2>",
         image(folder / "costs.png"),
     ]
-    pictures = {"Does": "context.png", "Recall": "recall.png"}
+    pictures = {"Does": "context.png", "How": "context.png", "Recall": "recall.png"}
     for section in sections(result):
         body.append(f"<h2>{section.title}</h2>")
         if picture := pictures.get(section.title.partition(" ")[0]):

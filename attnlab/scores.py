@@ -1,14 +1,37 @@
 """What scoring adds up, and the numbers that come of it; `attnlab.evaluate` says what they mean."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attnlab.errors import DataError
 
 BOOTSTRAP = 1000
+
+
+class Headline(NamedTuple):
+    """The one number of a result: its key, what it is called, and whether more of it is better."""
+
+    key: str
+    title: str
+    higher: bool
+
+
+HEADLINES = (
+    Headline("bits_per_byte", "bits per byte", False),
+    Headline("accuracy", "accuracy", True),
+)
+
+
+def headline_of(result: Mapping[str, Any]) -> Headline:
+    """The headline of a result as a kind of task gives it. Raises `KeyError` where it has none."""
+    for headline in HEADLINES:
+        if headline.key in result:
+            return headline
+    raise KeyError(f"none of {', '.join(h.key for h in HEADLINES)}")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from attnlab.carry import hand_on, nothing_read, resume
 from attnlab.core import Array
 from attnlab.cross_entropy import cross_entropy
 from attnlab.leaves import all_finite
-from attnlab.model import Extras, Transformer
+from attnlab.model import Classifier, Extras, Model, Transformer
 from attnlab.statistics import advance, merge, split
 
 
@@ -35,15 +35,13 @@ class State(NamedTuple):
         return self.average if self.average != () else self.params
 
 
-def init_params(model: Transformer, seed: int) -> Any:
+def init_params(model: Model, seed: int) -> Any:
     """Fresh parameters. A function of the seed and the sizes alone."""
     row = jnp.zeros((1, 2), jnp.int32)
     return model.init(jax.random.key(seed), row, row, row)["params"]
 
 
-def init_state(
-    model: Transformer, optimizer: optax.GradientTransformation, config: ConfigDict
-) -> State:
+def init_state(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict) -> State:
     """The state before the first step."""
     params = init_params(model, config.seed)
     average = jax.tree.map(jnp.copy, params) if config.optimizer.ema else ()
@@ -53,12 +51,36 @@ def init_state(
 
 
 class Losses(NamedTuple):
-    """``nll`` f32 [B N]: negative log-likelihood of every target in nats, 0 in empty slots;
+    """``nll`` f32 [B N] or [B]: negative log-likelihood of every target in nats, 0 where is none;
     ``balance``: the sum of the mechanisms' own loss terms; ``extras`` as the model gives them."""
 
     nll: Array
     balance: Array
     extras: Extras
+
+
+def losses_of(
+    model: Model,
+    params: Any,
+    batch: dict[str, Array],
+    *args: Any,
+    **options: Any,
+) -> Losses:
+    """`token_losses` or `class_losses`, by the model."""
+    losses = class_losses if isinstance(model, Classifier) else token_losses
+    return losses(model, params, batch, *args, **options)  # pyright: ignore[reportArgumentType]
+
+
+def class_losses(
+    model: Classifier, params: Any, batch: dict[str, Array], memory: Any = None, **options: Any
+) -> Losses:
+    """As `token_losses`, of one target a row, [B]; nothing is continued."""
+    tokens = (batch[name] for name in ("tokens", "pos", "seg"))
+    out: Any = model.apply({"params": params}, *tokens, **options)
+    logits, extras = out
+    labels = jnp.maximum(batch["targets"], 0)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return Losses(jnp.where(predicted(batch), nll, 0.0), _balance(extras), extras)
 
 
 def token_losses(
@@ -69,8 +91,18 @@ def token_losses(
     out: Any = model.apply({"params": params}, *tokens, memory, method=model.hidden, **options)
     x, extras = out
     nll = cross_entropy(x, model.table(params), jnp.maximum(batch["targets"], 0))
-    balance = sum((aux["loss"] for aux in extras.aux if aux and "loss" in aux), jnp.zeros(()))
-    return Losses(jnp.where(batch["seg"] >= 0, nll, 0.0), balance, extras)
+    return Losses(jnp.where(predicted(batch), nll, 0.0), _balance(extras), extras)
+
+
+def _balance(extras: Extras) -> Array:
+    losses = (aux["loss"] for aux in extras.aux if aux and "loss" in aux)
+    return sum(losses, jnp.zeros(()))
+
+
+def predicted(batch: dict[str, Array]) -> Array:
+    """Which targets there are: bool [B N], or [B] where a row has one."""
+    given = batch["targets"] >= 0
+    return given & (batch["seg"] >= 0) if given.ndim == 2 else given
 
 
 class Kept(NamedTuple):
@@ -81,7 +113,7 @@ class Kept(NamedTuple):
     memory: Any
 
 
-def make_gradient(model: Transformer, parts: int) -> Callable[..., tuple[Array, Any, Kept]]:
+def make_gradient(model: Model, parts: int) -> Callable[..., tuple[Array, Any, Kept]]:
     """The function (params, memory, batch, key) -> (loss, gradient of the learned parameters,
     `Kept`), computed in ``parts``. Every part takes rows from all devices: row r of the batch, and
     of the memory, belongs to part r mod parts."""
@@ -90,14 +122,14 @@ def make_gradient(model: Transformer, parts: int) -> Callable[..., tuple[Array, 
         dropout, attention = jax.random.split(key)
         rngs = {"dropout": dropout, "attention": attention}
         params, memory = merge(learned, measured), resume(model, memory, batch)
-        nll, balance, extras = token_losses(model, params, batch, memory, train=True, rngs=rngs)
+        nll, balance, extras = losses_of(model, params, batch, memory, train=True, rngs=rngs)
         kept = Kept(advance(measured, extras.aux), hand_on(model, extras.memory, batch))
         nll = jnp.sum(nll) / tokens
         return nll + balance / parts, (nll, kept)
 
     def gradient(params, memory, batch, key):
         learned, measured = split(params)
-        tokens = jnp.maximum(jnp.sum(batch["seg"] >= 0), 1)
+        tokens = jnp.maximum(jnp.sum(predicted(batch)), 1)
         slope = jax.value_and_grad(loss, has_aux=True)
         if parts == 1:
             (_, (nll, kept)), grads = slope(learned, measured, memory, batch, key, tokens)
@@ -122,15 +154,15 @@ def make_gradient(model: Transformer, parts: int) -> Callable[..., tuple[Array, 
 
 
 def make_step(
-    model: Transformer, optimizer: optax.GradientTransformation, config: ConfigDict
+    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[State, dict[str, Array]], tuple[State, dict[str, Array]]]:
     """The function (state, batch) -> (state, metrics).
 
-    The loss is the mean over the tokens of the whole batch, also when ``accumulate`` computes it in
-    parts. Statistics (see `attnlab.statistics`) pass from part to part, each going on from what the
-    one before it measured, as they would in as many steps. A step whose loss, gradient, statistics
-    or memory are not finite changes nothing but the step count. Metrics: ``loss`` (nats per token),
-    ``grad_norm``, ``finite``.
+    The loss is the mean over the targets of the whole batch, also when ``accumulate`` computes it
+    in parts. Statistics (see `attnlab.statistics`) pass from part to part, each going on from what
+    the one before it measured, as they would in as many steps. A step whose loss, gradient,
+    statistics or memory are not finite changes nothing but the step count. Metrics: ``loss`` (nats
+    per target), ``grad_norm``, ``finite``.
     """
     gradient = make_gradient(model, config.optimizer.accumulate)
     decay = config.optimizer.ema

@@ -22,14 +22,15 @@ from ml_collections import ConfigDict
 
 from attnlab import tasks
 from attnlab.checkpoint import Checkpoints
-from attnlab.config import mechanisms_of, model_of
-from attnlab.decode import check_prompt, prompt_ids
+from attnlab.config import mechanisms_of
 from attnlab.errors import DataError, UserError
-from attnlab.evaluate import Stopped, score_split
+from attnlab.evaluate import Stopped
 from attnlab.files import replace_file
+from attnlab.kinds import kind_of
 from attnlab.metrics import Writer
 from attnlab.optimizer import make_optimizer, make_schedule
 from attnlab.progress import Progress, peak_memory
+from attnlab.scores import headline_of
 from attnlab.sharding import batch_sharding, make_mesh, put, state_shardings
 from attnlab.signals import Signals
 from attnlab.step import State, init_state, make_step
@@ -58,8 +59,7 @@ def train(config: ConfigDict, workdir: str | Path, command: Sequence[str] = ("at
             return 0
         mesh = make_mesh(config.mesh)
         task: Any = tasks.build(config.task, seed=config.seed)
-        check_prompt(prompt_ids(config.sample.prompt, task.tokenizer), config.task.length)
-        task.tokenizer.save(run.path)
+        kind_of(config).begin(config, task, run.path)
         announce(config, mesh)
         if not signals.received:
             trainer = Trainer(config, task, mesh, run)
@@ -104,7 +104,8 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, task: Any, mesh: Any, run: Workdir):
         self.config, self.task, self.run = config, task, run
-        self.model = model_of(config, task.vocab_size, getattr(task, "tokenizer", None))
+        self.kind = kind_of(config)
+        self.model = self.kind.make_model(config, task)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.schedule = make_schedule(config.optimizer, config.train.steps)
         self.rows = batch_sharding(mesh, config.task.batch)
@@ -210,9 +211,9 @@ class Trainer:
     def record(self, step: int, metrics: dict[str, jax.Array]) -> bool:
         """Shows and writes the metrics of a step. True if the run was rewound because of them."""
         loss = float(metrics["loss"])
-        bits = loss / math.log(2) / self.task.bytes_per_token
+        shown = self.kind.describe_loss(self.task, loss)
         tokens = self.config.task.length * self.config.task.batch
-        self.progress.update(step, tokens * (step - self.progress.start), bits_per_byte=bits)
+        self.progress.update(step, tokens * (step - self.progress.start), **shown)
         if not bool(metrics["finite"]):
             return self.mend(step, loss, float(metrics["grad_norm"]))
         self.skipped = 0
@@ -221,7 +222,7 @@ class Trainer:
                 step,
                 **{
                     "train/loss": loss,
-                    "train/bits_per_byte": bits,
+                    **{f"train/{name}": value for name, value in shown.items()},
                     "train/grad_norm": metrics["grad_norm"],
                     "train/learning_rate": float(np.asarray(self.schedule(step - 1))),
                     "train/tokens_per_second": self.progress.tokens_per_second,
@@ -282,7 +283,7 @@ class Trainer:
     def evaluate(self, step: int, stop: Callable[[], bool]) -> None:
         """Scores the validation split with the state as it is, or as far as ``stop()`` lets it."""
         with suppress(Stopped):
-            result = score_split(
+            result = self.kind.score(
                 self.model,
                 self.state.evaluated,
                 self.task,
@@ -293,9 +294,10 @@ class Trainer:
                 sharding=self.rows,
                 stop=stop,
             )
-            bits = result["bits_per_byte"]
-            self.writer.write(step, **{"validation/bits_per_byte": bits})
-            self.progress.note(f"step {step}: validation {bits:.4f} bits per byte")
+            headline = headline_of(result)
+            value = result[headline.key]
+            self.writer.write(step, **{f"validation/{headline.key}": value})
+            self.progress.note(f"step {step}: validation {value:.4f} {headline.title}")
 
     def observes(self, step: int) -> bool:
         """Whether it is measured at a step how the attention spreads."""
@@ -312,8 +314,6 @@ class Trainer:
 
     def finish(self, stop: Callable[[], bool]) -> None:
         """The scores, sample, plots and report of the last step. Raises `Stopped`."""
-        from attnlab.report import finish
-
         if stop():
             raise Stopped
         params, options = self.state.evaluated, {"stop": stop, "sharding": self.rows}
@@ -324,7 +324,7 @@ class Trainer:
             options["sharding"] = None
         if jax.process_index() == 0:
             step = int(self.state.step)
-            finish(self.run, self.config, self.task, self.model, params, step, **options)
+            self.kind.finish(self.run, self.config, self.task, self.model, params, step, **options)
 
     def profile(self, step: int | None) -> None:
         """Writes a trace of the steps in the window that the config names, for xprof to show; None

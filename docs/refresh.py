@@ -7,6 +7,7 @@ that the README shows. A test fails while a page is not what this would write.
 """
 
 import ast
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from attnlab import combination
 from attnlab.core import mechanisms, normalisers, positions
 from attnlab.data.corpora import CORPORA
 from attnlab.literals import text_of
+from attnlab.tasks import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "reference.md")
@@ -39,11 +41,13 @@ def parts() -> dict[str, str]:
         "table:normalisers": normaliser_table(),
         "table:configs": config_table(),
         "table:corpora": corpus_table(),
+        "table:tasks": task_table(),
         "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
         "code:dilated": f"```python\n{example}```",
         "modules:mechanisms": modules("attnlab.mechanisms", mechanisms.names()),
         "modules:positions": modules("attnlab.positions", positions.names()),
         "modules:normalisers": modules("attnlab.normalisers", normalisers.names()),
+        "modules:tasks": modules("attnlab.tasks", recipes.names()),
     }
 
 
@@ -87,6 +91,16 @@ def corpus_table() -> str:
     """Every corpus that has a name."""
     rows = [(f"`{name}`", source.description, source.licence) for name, source in CORPORA.items()]
     return table(("`task.corpus`", "what", "licence"), rows)
+
+
+def task_table() -> str:
+    """Every task: what its file says first, and its options."""
+    rows = []
+    for name in recipes.names():
+        cls = recipes.get(name)
+        about = inspect.getdoc(inspect.getmodule(cls)) or ""
+        rows.append((f"`{name}`", options(cls), about.partition("\n")[0]))
+    return table(("`task=`", "options", ""), rows)
 
 
 def result_table(results: dict) -> str:

@@ -213,7 +213,7 @@ def test_configs_choose_rows_that_read_on_and_a_wrong_choice_is_one_line(capsys)
 
 def test_the_plan_shares_the_memory_among_the_devices():
     config = tiny(f"attention={TAIL}", "task.packing=stream")
-    one, many = (estimate_cost(config, 257, n, 2) for n in (1, 8))
+    one, many = (estimate_cost(config, model_of(config, 257), n, 2) for n in (1, 8))
     window = mechanisms_of(config)[0].window
     memory = 8 * 4 * ((window - 1) * (2 * 16 + 2) + 2)
     assert one.fixed - many.fixed == memory - memory // 8

@@ -68,7 +68,7 @@ def test_every_alias_leads_to_a_field():
         ("attention.window", "none", "expected an integer"),
         ("model.mlp", "relu", "--config.model.mlp=relu: not one of swiglu, gelu"),
         ("train.on_nan", "stop", "abort, skip, rewind"),
-        ("task.name", "txt", "not one of text"),
+        ("task.name", "txt", "did you mean 'text'"),
         ("attention", "windw", "unknown mechanism 'windw'; did you mean 'window'?"),
         ("position.name", "rop", "unknown position 'rop'; did you mean 'rope' or 'cope'?"),
     ],

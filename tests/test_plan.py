@@ -22,29 +22,33 @@ def small(attention="softmax", *changes):
     return config
 
 
+def counted(config, *devices):
+    return estimate_cost(config, model_of(config, VOCAB), *devices)
+
+
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_parameters_are_those_of_the_model(tied):
     config = small("window+softmax", f"model.tied={tied}")
     model = model_of(config, VOCAB)
     tokens = jnp.zeros((1, 32), jnp.int32)
     params = model.init(jax.random.key(0), tokens, tokens, tokens)
-    estimate = estimate_cost(config, VOCAB)
+    estimate = counted(config)
     assert sum(estimate.parameters.values()) == sum(x.size for x in jax.tree.leaves(params))
     assert estimate.parameters["embedding"] == VOCAB * 32
     assert ("head" in estimate.parameters) == (tied == "false")
 
 
 def test_flops_count_every_multiplied_parameter_and_the_mechanism():
-    tied, untied = (estimate_cost(small("softmax", f"model.tied={t}"), VOCAB) for t in ("1", "0"))
+    tied, untied = (counted(small("softmax", f"model.tied={t}")) for t in ("1", "0"))
     assert tied.matmul_flops == untied.matmul_flops == 6 * sum(tied.parameters.values())
     pairs = count_pairs(32)
     assert tied.attention_flops == 3 * 2 * (2 * 4 * 16 * pairs) / 32
-    assert estimate_cost(small("window", "attention.window=4"), VOCAB).attention_flops < 1000 * 3
+    assert counted(small("window", "attention.window=4")).attention_flops < 1000 * 3
 
 
 def test_decoding_memory_is_all_keys_or_the_mechanisms_own_state():
     def decoding(attention, *changes):
-        return estimate_cost(small(attention, *changes), VOCAB).decoding
+        return counted(small(attention, *changes)).decoding
 
     slot = 4 * (2 * 4 * 8 + 2)  # k and v in f32, pos, seg
     softmax, longer = decoding("softmax"), decoding("softmax", "task.length=64")
@@ -56,10 +60,10 @@ def test_decoding_memory_is_all_keys_or_the_mechanisms_own_state():
 
 
 def test_every_mechanism_has_its_share():
-    estimate = estimate_cost(small("window+softmax+window", "model.layers=5"), VOCAB)
+    estimate = counted(small("window+softmax+window", "model.layers=5"))
     window, softmax = estimate.layers["window"], estimate.layers["softmax"]
     assert (window.count, softmax.count) == (3, 2)
-    alone = {name: estimate_cost(small(name), VOCAB) for name in estimate.layers}
+    alone = {name: counted(small(name)) for name in estimate.layers}
     for name, each in estimate.layers.items():
         assert 2 * each.flops == alone[name].attention_flops
         assert 2 * each.decoding == alone[name].decoding
@@ -68,26 +72,26 @@ def test_every_mechanism_has_its_share():
 
 
 def test_training_memory_falls_with_accumulation_and_remat():
-    plain = estimate_cost(small(), VOCAB)
+    plain = counted(small())
     adam = 4 * 4 * sum(plain.parameters.values())
     assert adam <= plain.fixed < adam + 100
-    parts = estimate_cost(small("softmax", "optimizer.accumulate=4"), VOCAB)
+    parts = counted(small("softmax", "optimizer.accumulate=4"))
     assert parts.activations < plain.activations / 2
     assert parts.fixed - plain.fixed == 4 * sum(plain.parameters.values())
-    remat = estimate_cost(small("softmax", "model.remat=true", "model.layers=4"), VOCAB)
-    whole = estimate_cost(small("softmax", "model.layers=4"), VOCAB)
+    remat = counted(small("softmax", "model.remat=true", "model.layers=4"))
+    whole = counted(small("softmax", "model.layers=4"))
     assert remat.activations < whole.activations / 2
 
 
 def test_memory_of_a_device_is_shared_over_the_mesh():
-    one, many = (estimate_cost(small(), VOCAB, n, f) for n, f in ((1, 1), (8, 2)))
+    one, many = (counted(small(), n, f) for n, f in ((1, 1), (8, 2)))
     assert many.activations == one.activations // 8
     assert many.fixed == one.fixed // 2
 
 
 def test_window_keeps_no_more_activations_than_softmax():
     long = ("task.length=512", "task.batch=1")
-    window, softmax = (estimate_cost(small(a, *long), VOCAB) for a in ("window", "softmax"))
+    window, softmax = (counted(small(a, *long)) for a in ("window", "softmax"))
     assert window.activations <= softmax.activations
 
 

@@ -161,7 +161,10 @@ def test_a_mechanism_that_forgets_its_statistics_is_named():
 
 def test_the_plan_counts_statistics_apart():
     config = tiny(f"attention={CENTRED}")
-    estimate, plain = estimate_cost(config, 257), estimate_cost(tiny(), 257)
+    estimate, plain = (
+        estimate_cost(config, model_of(config, 257)),
+        estimate_cost(tiny(), model_of(tiny(), 257)),
+    )
     assert estimate.measured == 2 * 8 + 1
     # One gate more is learned, and its optimizer state; the statistics have none.
     assert estimate.matmul_flops - plain.matmul_flops == 6

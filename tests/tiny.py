@@ -70,6 +70,14 @@ def tiny(*changes: str, attention: str = "softmax", position: str = "rope") -> A
     return config
 
 
+def tiny_on(task: str, *changes: str, attention: str = "softmax") -> Any:
+    """The same on a synthetic task."""
+    config = base(attention, "rope", task=task)
+    for change in (*SIZES, *changes):
+        override(config, *change.split("=", 1))
+    return config
+
+
 @functools.cache
 def trained(attention: str = "softmax") -> Path:
     """The workdir of a finished run. Not to be changed."""

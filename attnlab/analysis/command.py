@@ -71,6 +71,7 @@ def look_into(
     from attnlab.runs import open_run
 
     run = open_run(workdir, step)
+    run.need_text()
     trained, most = run.config.task.length, run.config.evaluate.batch
     size: int = length or trained
     batch = min(windows, max(1, most * trained // max(size, trained)))

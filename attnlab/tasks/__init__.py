@@ -1,17 +1,13 @@
-"""Tasks: one file is one task, found by its file name. See `Task` for what a task offers.
+"""Tasks: one file is one task, found by its file name. See `Recipe` for what a task file offers."""
 
-A task file defines ``build(config, *, seed, length, batch) -> Task``; `config` is ``config.task``
-and ``config.task.name`` is the file's name.
-"""
-
-import importlib
-import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
-from attnlab.errors import UserError, did_you_mean
+from attnlab.errors import UserError
+from attnlab.registry import Registry
 
 
 class Task(Protocol):
@@ -26,7 +22,7 @@ class Task(Protocol):
     @property
     def batch_size(self) -> int: ...
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """int32 [rows, N] each: tokens, targets, pos, seg (-1 marks an empty slot)."""
+        """int32 [rows, N] each: tokens, targets (-1: none), pos, seg (-1: an empty slot)."""
         ...
 
     def batches(
@@ -40,25 +36,44 @@ class Task(Protocol):
         ...
 
 
-def names() -> list[str]:
-    """Every task that can be built."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+class Recipe(ABC):
+    """A task before it has data: a registered frozen dataclass whose fields are those of
+    ``config.task``, besides its ``name``, ``length`` and ``batch``."""
+
+    kind: ClassVar[str]
+    """How its runs are scored and reported: a file of `attnlab.kinds`."""
+
+    @abstractmethod
+    def build(self, *, seed: int, length: int, batch: int) -> Task:
+        """The task, of rows of ``length`` tokens. Raises `UserError` for what cannot be."""
+
+
+COMMON = {"length": 512, "batch": 16}
+"""Fields that every task has, and their defaults: tokens of a row, rows of an optimizer step."""
+
+recipes: Registry[Recipe] = Registry("attnlab.tasks", Recipe)
 
 
 def build(
     config: Mapping, *, seed: int = 0, length: int | None = None, batch: int | None = None
 ) -> Task:
-    """The task named by ``config.name``; length and batch default to those of the config.
+    """The task that ``config.task`` describes; length and batch default to those of the config.
 
     Raises `UserError` with the nearest names when there is no such task.
     """
-    name = config["name"]
-    if name not in names():
-        raise UserError(f"no task {name!r}; {did_you_mean(name, names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
+    fields = {key: value for key, value in config.items() if key not in ("name", *COMMON)}
     length = config["length"] if length is None else length
     batch = config["batch"] if batch is None else batch
-    return module.build(config, seed=seed, length=length, batch=batch)
+    return recipes.get(config["name"])(**fields).build(seed=seed, length=length, batch=batch)
+
+
+def check_sizes(seed: int, length: int, batch: int) -> None:
+    """Raises `UserError` for what no task can be built with."""
+    for field, value in (("length", length), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"task.{field}={value} must be at least 1")
+    if not 0 <= seed < 1 << 32:
+        raise UserError(f"seed={seed} must lie in 0..{(1 << 32) - 1}")
 
 
 def process_rows(batch: int, process: int, processes: int) -> slice:

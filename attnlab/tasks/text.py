@@ -1,13 +1,8 @@
-"""Language modelling of text: predict every token of every document and its end, once an epoch.
+"""Language modelling of text: predict every token of every document and its end, once an epoch."""
 
-Config: ``task.corpus`` (a corpus name, ``text:GLOB`` or ``tfds:NAME``), ``task.tokenizer``
-(``bytes`` or ``bpe:SIZE``), ``task.packing`` (``packed`` or ``stream``), ``task.fallback`` (a
-corpus to use, with an announcement, when the archive is out of reach; empty for none).
-"""
-
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +15,8 @@ from attnlab.data.textset import TextSet
 from attnlab.data.tokenizers import Tokenizer, make_tokenizer
 from attnlab.data.tokens import DocumentLine, tokenize
 from attnlab.errors import UserError, did_you_mean
+from attnlab.registry import register
+from attnlab.tasks import Recipe, check_sizes
 
 PACKINGS = {"packed": Packed, "stream": Stream}
 
@@ -58,11 +55,7 @@ class TextTask:
     ):
         if packing not in PACKINGS:
             raise UserError(f"no packing {packing!r}; {did_you_mean(packing, PACKINGS)}")
-        for field, value in (("length", length), ("batch", batch)):
-            if value < 1:
-                raise UserError(f"task.{field}={value} must be at least 1")
-        if not 0 <= seed < 1 << 32:
-            raise UserError(f"seed={seed} must lie in 0..{(1 << 32) - 1}")
+        check_sizes(seed, length, batch)
         self.text, self.tokenizer = text, tokenizer
         self.length, self.batch_size = length, batch
         self.vocab_size, self.boundary = tokenizer.vocab_size, tokenizer.boundary
@@ -121,12 +114,25 @@ class TextTask:
         return name
 
 
-def build(config: Mapping, *, seed: int, length: int, batch: int) -> TextTask:
-    """The text task of a config. Raises `UserError` for a wrong name, `DataError` without data."""
-    text = open_text(config["corpus"], config.get("fallback") or "")
-    tokenizer = make_tokenizer(config.get("tokenizer", "bytes"), text)
-    packing = config.get("packing", "packed")
-    return TextTask(text, tokenizer, packing, seed=seed, length=length, batch=batch)
+@register
+@dataclass(frozen=True)
+class Text(Recipe):
+    """``corpus``: a name of `attnlab list corpora`, ``text:GLOB`` or ``tfds:NAME``; ``tokenizer``:
+    ``bytes`` or ``bpe:SIZE``; ``packing``: ``packed``, or ``stream``, which is chosen where the
+    attention carries its memory; ``fallback``: a corpus to use, with a notice, when the first
+    cannot be fetched."""
+
+    kind = "text"
+    corpus: str = "kjv"
+    tokenizer: str = "bytes"
+    packing: Literal["packed", "stream"] = "packed"
+    fallback: str = ""
+
+    def build(self, *, seed: int, length: int, batch: int) -> TextTask:
+        """Raises `UserError` for a wrong name, `DataError` without data."""
+        text = open_text(self.corpus, self.fallback)
+        tokenizer = make_tokenizer(self.tokenizer, text)
+        return TextTask(text, tokenizer, self.packing, seed=seed, length=length, batch=batch)
 
 
 def open_text(corpus: str, fallback: str = "") -> TextSet:
