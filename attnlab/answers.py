@@ -22,7 +22,7 @@ from attnlab.cross_entropy import likeliest
 from attnlab.errors import UserError
 from attnlab.evaluate import Stopped
 from attnlab.model import Classifier, Model
-from attnlab.sharding import put
+from attnlab.sharding import put, spread
 from attnlab.step import losses_of
 
 ROWS = 1024
@@ -80,11 +80,7 @@ def score_answers(
     if stride not in (0, length):
         raise UserError(f"stride={stride}: rows of task {task.name} are scored whole; leave it out")
     rows = max(1, tokens // length) if tokens else max(FEWEST, ROWS * trained // length)
-    batch, share = max(1, min(rows, settings.batch * trained // length)), slice(None)
-    if sharding is not None:
-        batch = -(-batch // sharding.num_devices) * sharding.num_devices
-        part = batch // jax.process_count()
-        share = slice(part * jax.process_index(), part * (jax.process_index() + 1))
+    batch, share = spread(max(1, min(rows, settings.batch * trained // length)), sharding)
     found: dict[str, list] = {name: [] for name in ("asked", "right", "nats", "depth")}
     for number in itertools.count():
         if number * batch >= rows:

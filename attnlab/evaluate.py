@@ -32,7 +32,7 @@ from attnlab.errors import DataError, UserError
 from attnlab.files import write_json
 from attnlab.model import Transformer
 from attnlab.scores import Scores
-from attnlab.sharding import put
+from attnlab.sharding import put, spread
 from attnlab.step import token_losses
 from attnlab.windows import Line, in_lanes, side_by_side, stack
 
@@ -87,7 +87,7 @@ def score(
     """
     if not 1 <= stride <= length:
         raise UserError(f"stride={stride} must lie between 1 and the length, {length}")
-    result, share = Scores(length, carries(model)), slice(None)
+    result = Scores(length, carries(model))
     if result.carried and stride < length:
         raise UserError(
             f"stride={stride}: this model carries its memory from window to window, which reads "
@@ -97,10 +97,7 @@ def score(
     if result.carried:  # one document a row: no more rows than documents
         first = list(itertools.islice(lines, batch))
         lines, batch = itertools.chain(first, lines), max(1, len(first))
-    if sharding is not None:
-        batch = -(-batch // sharding.num_devices) * sharding.num_devices
-        part = batch // jax.process_count()
-        share = slice(part * jax.process_index(), part * (jax.process_index() + 1))
+    batch, share = spread(batch, sharding)
     if result.carried:
         chunks = in_lanes(lines, length, batch)
     else:

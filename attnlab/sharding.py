@@ -60,6 +60,15 @@ def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
     return NamedSharding(mesh, P(AXES))
 
 
+def spread(batch: int, sharding: NamedSharding | None) -> tuple[int, slice]:
+    """A number of rows made a multiple of the devices, and which of them are this process's."""
+    if sharding is None:
+        return batch, slice(None)
+    batch = -(-batch // sharding.num_devices) * sharding.num_devices
+    part = batch // jax.process_count()
+    return batch, slice(part * jax.process_index(), part * (jax.process_index() + 1))
+
+
 def state_shardings(mesh: Mesh, shapes: Any) -> Any:
     """An explicit sharding for every leaf of a tree of shapes: the largest axis that ``fsdp``
     divides, for large arrays; whole on every device otherwise."""

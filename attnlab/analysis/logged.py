@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 from attnlab.analysis.observed import by_head, cut, measure_layers
 from attnlab.errors import DataError
 from attnlab.model import Transformer
-from attnlab.sharding import put
+from attnlab.sharding import put, spread
 
 LOGGED = ("entropy", "support", "evenness", "participation", "largest", "leading", "sink")
 KEY = "dilution/{name}/layer{layer}_head{head}"
@@ -31,9 +30,7 @@ def measure_spread(
     Cost: a forward pass of ``evaluate.batch`` windows of the training length, with a second look at
     every logit. Raises `DataError` for an empty validation split.
     """
-    batch = -(-config.evaluate.batch // sharding.num_devices) * sharding.num_devices
-    part = batch // jax.process_count()
-    share = slice(part * jax.process_index(), part * (jax.process_index() + 1))
+    batch, share = spread(config.evaluate.batch, sharding)
     documents = task.documents("validation")
     rows = measure_layers(
         model,
