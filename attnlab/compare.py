@@ -95,7 +95,7 @@ def _run(entry: Entry, head: str, signals: Signals) -> None:
             _child(entry, ["train", *asked], signals)
         if not entry.reason and _finished(entry):
             entry.state = "finished"
-            if _has_text(entry) and not _measured(entry) and not signals.received:
+            if kind_of(entry.config).has_text and not _measured(entry) and not signals.received:
                 _child(entry, ["needle", f"--workdir={entry.path}"], signals)
     except UserError as error:
         entry.fail("refused", str(error), error.code)
@@ -123,11 +123,6 @@ def _finished(entry: Entry) -> bool:
         return False
     run, now = Workdir(entry.path), json.loads(to_json(entry.config))
     return run.finished() is not None and not changes(run.config(), now)
-
-
-def _has_text(entry: Entry) -> bool:
-    """Whether a string can be planted in what it reads."""
-    return kind_of(entry.config).metric == "bits_per_byte"
 
 
 def _measured(entry: Entry) -> bool:

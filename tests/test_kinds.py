@@ -159,7 +159,7 @@ def test_every_task_trains_with_its_defaults(name):
     assert all(z.shape[0] == 8 for z in batch.values())
     assert batch["tokens"].shape == (8, 600)
     assert (batch["targets"].reshape(8, -1) >= 0).any(1).all()
-    assert kind_of(config).metric == "accuracy"
+    assert not kind_of(config).has_text
 
 
 def test_a_mechanism_that_carries_starts_anew_in_every_row():

@@ -17,8 +17,8 @@ from attnlab.tasks import recipes
 class Kind(ABC):
     """Asked by training, by evaluation and by every command that opens a run."""
 
-    metric: str
-    """The key of its headline in a result, one of `attnlab.scores.HEADLINES`."""
+    has_text: bool = False
+    """Whether a run reads text, in which a string can be planted."""
 
     @abstractmethod
     def make_model(self, config: ConfigDict, task: Any) -> Any:
@@ -47,8 +47,9 @@ class Kind(ABC):
         step: int,
         **options: Any,
     ) -> dict[str, Any]:
-        """The scores of a split as JSON; options ``length``, ``stride``, ``tokens``, ``sharding``
-        and ``stop`` as for `attnlab.evaluate.score`."""
+        """The scores of a split as JSON, one of `attnlab.scores.HEADLINES` among them; options
+        ``length``, ``stride``, ``tokens``, ``sharding`` and ``stop`` as for
+        `attnlab.evaluate.score`."""
 
     @abstractmethod
     def format(self, result: dict[str, Any]) -> str:

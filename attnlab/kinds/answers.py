@@ -13,8 +13,6 @@ from attnlab.kinds import Kind
 
 
 class Answers(Kind):
-    metric = "accuracy"
-
     def make_model(self, config: ConfigDict, task: Any) -> Any:
         return model_of(config, task.vocab_size)
 

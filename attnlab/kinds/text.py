@@ -18,7 +18,7 @@ SAMPLES = 32
 
 
 class Text(Kind):
-    metric = "bits_per_byte"
+    has_text = True
 
     def make_model(self, config: ConfigDict, task: Any) -> Any:
         return model_of(config, task.vocab_size, task.tokenizer)
