@@ -111,7 +111,7 @@ REGISTRIES: dict[str, Registry] = {
 
 CHOICES = {
     "task.packing": ("packed", "stream"),
-    "model.mlp": ("swiglu", "gelu"),
+    "model.mlp": ("swiglu", "gelu", "none"),
     "model.dtype": ("float32", "bfloat16"),
     "model.kernels": ("xla", "pallas"),
     "optimizer.name": ("adamw", "muon"),

@@ -181,7 +181,8 @@ def _gated(activation: Callable, gate: Array, *up: Array) -> Array:
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normalised before and added after."""
+    """One layer: attention and, unless ``mlp`` is "none", MLP, each normalised before and added
+    after."""
 
     architecture: Architecture
     mechanism: Mechanism
@@ -198,6 +199,8 @@ class Block(nn.Module):
         z = nn.RMSNorm(dtype=a.dtype, name="attention_norm")(x)
         z, memory, aux = attention(z, pos, seg, unit, position_params, memory, self.taps)
         x += drop(z)
+        if a.mlp == "none":
+            return x, memory, aux
         x += drop(Mlp(a, name="mlp")(nn.RMSNorm(dtype=a.dtype, name="mlp_norm")(x)))
         return x, memory, aux
 

@@ -50,7 +50,10 @@ def size_of(params):
     return sum(z.size for z in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+MATRICES = {"swiglu": 3, "gelu": 2, "none": 0}
+
+
+@pytest.mark.parametrize("mlp", MATRICES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_the_number_of_parameters_is_the_formula(mlp, tied, qk_norm):
@@ -58,8 +61,8 @@ def test_the_number_of_parameters_is_the_formula(mlp, tied, qk_norm):
     net = network(mlp=mlp, tied=tied, qk_norm=qk_norm)
     shapes = jax.eval_shape(net.init, jax.random.key(0), *tokens())
     attention = a.width * a.head_dim * 2 * (a.heads + a.kv_heads) + qk_norm * 2 * a.head_dim
-    feed_forward = a.width * a.mlp_width * (3 if mlp == "swiglu" else 2)
-    layer = attention + feed_forward + 2 * a.width
+    feed_forward = a.width * a.mlp_width * MATRICES[mlp]
+    layer = attention + feed_forward + a.width * (1 if mlp == "none" else 2)
     embeddings = WORDS * a.width * (1 if tied else 2)
     assert size_of(shapes) == embeddings + a.layers * layer + a.width
     assert {z.dtype for z in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}

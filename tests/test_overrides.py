@@ -66,7 +66,7 @@ def test_every_alias_leads_to_a_field():
         ("optimizer.learning_rate", "abc", "expected a number"),
         ("model.tied", "2", "expected true or false"),
         ("attention.window", "none", "expected an integer"),
-        ("model.mlp", "relu", "--config.model.mlp=relu: not one of swiglu, gelu"),
+        ("model.mlp", "relu", "--config.model.mlp=relu: not one of swiglu, gelu, none"),
         ("train.on_nan", "stop", "abort, skip, rewind"),
         ("task.name", "txt", "did you mean 'text'"),
         ("attention", "windw", "unknown mechanism 'windw'; did you mean 'window'?"),

@@ -11,8 +11,7 @@ import sys
 PAIRS = "softmax,window,block,fixed,linear,favor,lsh,routing,hierarchical,gated_delta"
 BOTH_WAYS = "--attention=linformer,nystrom --config.model.causal=false"
 CONSTANT = (
-    "window,block,linear,gated_delta,favor,lsh,routing,transformer_xl,compressive,infini,"
-    "gated_slots"
+    "window,block,linear,gated_delta,favor,routing,transformer_xl,compressive,infini,gated_slots"
 )
 COMMANDS = {
     "peers_1": f"--attention={PAIRS} --lengths=4k --peers --threads=1 --repeats=15",
@@ -20,9 +19,10 @@ COMMANDS = {
     "both_ways": f"{BOTH_WAYS} --lengths=4k --peers --threads=1 --repeats=15",
     "forward": "--mode=fwd --attention=softmax,window,linear --lengths=4k --peers --threads=1",
     "peers_16k": "--attention=softmax,window,linear --lengths=16k --peers",
-    "growth": f"--attention={CONSTANT},fenwick,recurrent_memory --lengths=4k,16k,64k",
+    "growth": f"--attention={CONSTANT},lsh,fenwick,recurrent_memory --lengths=4k,16k,64k",
     "softmax_64k": "--attention=softmax --lengths=64k --repeats=3",
     "decode": f"--mode=decode --attention=softmax,{CONSTANT} --lengths=1k,4k,16k,64k",
+    "decode_lsh": "--mode=decode --attention=lsh --lengths=1k,4k,16k",
     "train": "--mode=train --attention=softmax --lengths=1k --peers --config.task.batch=8 "
     "--config.model.layers=6 --config.model.width=256",
 }
