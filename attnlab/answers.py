@@ -2,8 +2,8 @@
 
 A row asks at some of its positions; the answer to a position is right if it is the likeliest token
 there, with everything before it in sight (teacher forced). A classifier answers once a row. Rows
-are drawn from their split as often as asked for, the same ones at every call, and their length may
-be any.
+of a split are the same at every call, as many as asked for where they are made up, and their length
+may be any.
 """
 
 import itertools
@@ -68,8 +68,8 @@ def score_answers(
     sharding: NamedSharding | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """The scores of a split, as JSON: about ``tokens`` tokens of it, by default `ROWS` rows of the
-    training length.
+    """The scores of a split, as JSON: about ``tokens`` tokens of it, by default all rows that are
+    stored, or `ROWS` of the training length where they are made up.
 
     ``length`` replaces that of the config when it is not 0. ``sharding`` spreads the rows over
     devices; every process must then call. ``stop()`` is asked between batches. Raises `UserError`
@@ -79,7 +79,10 @@ def score_answers(
     length = length or settings.length or trained
     if stride not in (0, length):
         raise UserError(f"stride={stride}: rows of task {task.name} are scored whole; leave it out")
-    rows = max(1, tokens // length) if tokens else max(FEWEST, ROWS * trained // length)
+    stored = task.size(split)
+    rows = stored or max(FEWEST, ROWS * trained // length)
+    if tokens:
+        rows = min(stored or tokens, max(1, tokens // length))
     batch, share = spread(max(1, min(rows, settings.batch * trained // length)), sharding)
     found: dict[str, list] = {name: [] for name in ("asked", "right", "nats", "depth")}
     for number in itertools.count():

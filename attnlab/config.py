@@ -204,11 +204,11 @@ def model_of(
     )
 
 
-def classifier_of(config: ConfigDict, vocab_size: int, classes: int) -> "Classifier":
-    """The encoder of a config with a head of so many ``classes``."""
-    from attnlab.model import Classifier
-
-    return Classifier(
+def classifier_of(
+    config: ConfigDict, vocab_size: int, classes: int, form: "type[Classifier]"
+) -> "Classifier":
+    """The encoder of a config with a head of so many ``classes``, of that form."""
+    return form(
         architecture_of(config),
         vocab_size,
         mechanisms_of(config),

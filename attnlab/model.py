@@ -303,10 +303,32 @@ class Classifier(nn.Module):
             a, self.vocab_size, self.mechanisms, self.position, self.normaliser, name="backbone"
         )
         x, extras = backbone(tokens, pos, seg, train=train, taps=taps)
-        full = (seg >= 0)[..., None]
-        count = jnp.maximum(jnp.sum(full, 1), 1)
-        mean = jnp.sum(jnp.where(full, x, 0).astype(jnp.float32), 1) / count
-        return nn.Dense(self.classes, name="head")(mean), extras
+        return nn.Dense(self.classes, name="head")(self.features(x, seg)), extras
+
+    def features(self, x, seg):
+        """What the head reads: f32 [B F]."""
+        return _mean(x, seg >= 0)
+
+
+class PairClassifier(Classifier):
+    """An encoder of two texts in one row, segments 0 and 1, which do not see each other: of their
+    means a and b, relu([a, b, a b, a - b] W + c), of the width of the MLPs, goes to the head.
+
+    Source: the two towers of Tay et al., arXiv 2011.04006, with one hidden layer.
+    """
+
+    def features(self, x, seg):
+        a, b = (_mean(x, seg == i) for i in (0, 1))
+        both = jnp.concatenate([a, b, a * b, a - b], -1)
+        return nn.relu(nn.Dense(self.architecture.mlp_width, name="pair")(both))
+
+
+def _mean(x: Array, chosen: Array) -> Array:
+    """Over the tokens [B N] that are chosen, of x [B N width]: f32 [B width], 0 where there is
+    none."""
+    chosen = chosen[..., None]
+    total = jnp.sum(jnp.where(chosen, x, 0).astype(jnp.float32), 1)
+    return total / jnp.maximum(jnp.sum(chosen, 1), 1)
 
 
 Model = Transformer | Classifier

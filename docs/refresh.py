@@ -10,12 +10,13 @@ import ast
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attnlab import combination
 from attnlab.core import mechanisms, normalisers, positions
-from attnlab.data.corpora import CORPORA
+from attnlab.data.corpora import CORPORA, Source
+from attnlab.data.labelled import LABELLED
 from attnlab.literals import text_of
 from attnlab.tasks import recipes
 
@@ -40,7 +41,8 @@ def parts() -> dict[str, str]:
         "table:positions": position_table(),
         "table:normalisers": normaliser_table(),
         "table:configs": config_table(),
-        "table:corpora": corpus_table(),
+        "table:corpora": corpus_table("task.corpus", CORPORA),
+        "table:labelled": corpus_table("task.source", LABELLED),
         "table:tasks": task_table(),
         "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
         "code:dilated": f"```python\n{example}```",
@@ -87,10 +89,10 @@ def config_table() -> str:
     return table(("`--config=`", ""), rows)
 
 
-def corpus_table() -> str:
-    """Every corpus that has a name."""
-    rows = [(f"`{name}`", source.description, source.licence) for name, source in CORPORA.items()]
-    return table(("`task.corpus`", "what", "licence"), rows)
+def corpus_table(field: str, sources: Mapping[str, Source]) -> str:
+    """Every source of a field that has a name."""
+    rows = [(f"`{name}`", source.description, source.licence) for name, source in sources.items()]
+    return table((f"`{field}`", "what", "licence"), rows)
 
 
 def task_table() -> str:

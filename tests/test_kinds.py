@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import tiny, tiny_on
+from tiny import home, labelled, pictures, tiny, tiny_on
 
 from attnlab import tasks
 from attnlab.compare import compare
@@ -149,15 +149,33 @@ def test_labelled_rows_are_pure_and_their_splits_apart():
     assert not train_rows & test_rows
 
 
+@pytest.fixture
+def small_pool(monkeypatch):
+    """Data that are drawn lie with those of the other tests, and are few."""
+    home()
+    monkeypatch.setattr("attnlab.tasks.stored.pool.PART", 40)
+
+
+def changes_of(name):
+    """What the defaults of a task need, where there is neither network nor time."""
+    if name in ("text_classification", "retrieval"):
+        return "task.length=600", f"task.source={labelled()}"
+    if name == "image":
+        return "task.length=64", f"task.source={pictures()}"
+    if name == "pathfinder":
+        return "task.length=1024", "task.pool=16"
+    return ("task.length=600",)
+
+
 @pytest.mark.parametrize("name", [n for n in tasks.recipes.names() if n != "text"])
-def test_every_task_trains_with_its_defaults(name):
-    config = tiny_on(name, "task.length=600")
+def test_every_task_trains_with_its_defaults(name, small_pool):
+    config = tiny_on(name, *changes_of(name))
     validate(config)
     task = tasks.build(config.task, seed=0)
     batch = task.batch(0)
     assert set(batch) == {"tokens", "targets", "pos", "seg"}
     assert all(z.shape[0] == 8 for z in batch.values())
-    assert batch["tokens"].shape == (8, 600)
+    assert batch["tokens"].shape == (8, config.task.length)
     assert (batch["targets"].reshape(8, -1) >= 0).any(1).all()
     assert not kind_of(config).has_text
 
@@ -204,3 +222,33 @@ def test_lengths_of_a_suite_double_around_that_of_training():
     assert lengths(100, 150) == [25, 50, 100]
     assert lengths(1, 8) == [1, 2, 4, 8]
     assert lengths(512, 7) == [7]
+
+
+@pytest.mark.parametrize("name", ["text_classification", "retrieval", "image", "pathfinder"])
+def test_stored_rows_are_trained_on_and_every_held_out_one_is_scored_once(
+    name, small_pool, tmp_path, capsys
+):
+    changes = [c.replace("task.length=600", "task.length=64") for c in changes_of(name)]
+    config = tiny_on(name, *changes, "model.causal=false", "train.steps=4")
+    assert train(config, tmp_path, ["attnlab", "train"]) == 0
+    task = tasks.build(config.task, seed=0)
+    test = json.loads((tmp_path / "test.json").read_text())
+    assert (test["task"], test["rows"]) == (name, task.size("test"))
+    assert test["rows"] == test["asked"]
+    page = (tmp_path / "report.html").read_text()
+    assert f"{task.size('train')}" in page
+    capsys.readouterr()
+    if name in ("image", "pathfinder"):
+        with pytest.raises(UserError, match=r"length=4096: .* set task\.length"):
+            evaluate(tmp_path, length=4096)
+    else:
+        evaluate(tmp_path, length=96)
+        assert "rows of 96 tokens (trained on 64)" in capsys.readouterr().out
+    assert main(["plan", f"--workdir={tmp_path}"]) == 0
+
+
+def test_a_classifier_of_texts_learns_what_tells_them_apart(tmp_path):
+    changes = (f"task.source={labelled()}", "task.length=64", "model.causal=false")
+    steps = ("train.steps=60", "train.eval_every=0", "train.save_every=0", "model.width=32")
+    assert train(tiny_on("text_classification", *changes, *steps), tmp_path) == 0
+    assert json.loads((tmp_path / "test.json").read_text())["accuracy"] > 0.9

@@ -11,7 +11,14 @@ from battery.calls import assert_close
 
 from attnlab.mechanisms.softmax import Softmax
 from attnlab.mechanisms.window import Window
-from attnlab.model import Architecture, Classifier, Transformer, initial_memory
+from attnlab.model import (
+    Architecture,
+    Backbone,
+    Classifier,
+    PairClassifier,
+    Transformer,
+    initial_memory,
+)
 from attnlab.positions.rope import Rope
 
 SMALL = Architecture(width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48)
@@ -209,6 +216,30 @@ def test_the_encoder_ignores_padding(classifier):
     assert_close(got, apply(encoder, params, short)[0])
     empty, _ = apply(encoder, params, (words, pos, np.full_like(seg, -1)))
     assert np.all(np.isfinite(empty))
+
+
+def test_a_pair_is_read_by_two_towers_and_one_head():
+    encoder = PairClassifier(SMALL, WORDS, SOFTMAX, Rope(), 3)
+    params = init(encoder)
+    words, pos, _ = tokens()
+    packed = words, np.where(pos < 5, pos, pos - 5), np.where(pos < 5, 0, np.where(pos < 9, 1, -1))
+    got, _ = apply(encoder, params, packed)
+    tower = Backbone(replace(SMALL, causal=False), WORDS, SOFTMAX, Rope())
+    weights = params["params"]
+    a, b = (
+        jnp.mean(
+            apply(tower, {"params": weights["backbone"]}, tuple(z[:, part] for z in packed))[0], 1
+        )
+        for part in (slice(0, 5), slice(5, 9))
+    )
+    hidden = jnp.concatenate([a, b, a * b, a - b], -1) @ weights["pair"]["kernel"]
+    hidden = jax.nn.relu(hidden + weights["pair"]["bias"])
+    assert hidden.shape == (2, SMALL.mlp_width)
+    assert_close(got, hidden @ weights["head"]["kernel"] + weights["head"]["bias"])
+    swapped, _ = apply(
+        encoder, params, (packed[0], packed[1], np.where(packed[2] < 0, -1, 1 - packed[2]))
+    )
+    assert np.any(got != swapped)
 
 
 def test_a_tap_reaches_every_layer():

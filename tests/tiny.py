@@ -62,6 +62,31 @@ def corpus() -> str:
     return f"text:{folder}/*.txt"
 
 
+@functools.cache
+def labelled() -> str:
+    """``text:GLOB`` of 120 short documents in two directories, with words of their own in each."""
+    folder = home() / "labelled"
+    for label, words in enumerate((WORDS[:5], WORDS[5:])):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(label, 120, 2):
+            draw = random.Random(number)
+            text = " ".join(draw.choice(words) for _ in range(draw.randrange(3, 9)))
+            (folder / str(label) / f"{number}.txt").write_text(f"{number:03d} {text}")
+    return f"text:{folder}/*/*.txt"
+
+
+@functools.cache
+def pictures() -> str:
+    """``text:GLOB`` of 120 images of 8 x 8 pixels, dark in one directory and bright in another."""
+    folder = home() / "pictures"
+    for label in (0, 1):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(label, 120, 2):
+            pixels = random.Random(number).choices(range(128 * label, 128 * label + 128), k=64)
+            (folder / str(label) / f"{number}.raw").write_bytes(bytes(pixels))
+    return f"text:{folder}/*/*.raw"
+
+
 def tiny(*changes: str, attention: str = "softmax", position: str = "rope") -> Any:
     """The config of a run of seconds, with ``path=value`` changes."""
     config = base(attention, position)
@@ -71,7 +96,7 @@ def tiny(*changes: str, attention: str = "softmax", position: str = "rope") -> A
 
 
 def tiny_on(task: str, *changes: str, attention: str = "softmax") -> Any:
-    """The same on a synthetic task."""
+    """The same on another task."""
     config = base(attention, "rope", task=task)
     for change in (*SIZES, *changes):
         override(config, *change.split("=", 1))

@@ -32,19 +32,12 @@ def open_tfds(spec: str) -> TextSet:
     Raises `DataError` when it is not prepared here, not in ArrayRecord, or empty; `UserError` when
     the text feature is not clear.
     """
-    import tensorflow_datasets as tfds
-
     named, _, feature = spec.removeprefix("tfds:").partition("#")
-    directory = find_directory(named)
-    builder: Any = tfds.builder_from_directory(directory)
-    if str(getattr(builder.info.file_format, "value", "")) != "array_record":
-        raise DataError(f"{directory} is not in ArrayRecord format; {how_to_prepare(named)}")
+    directory, builder = open_builder(named)
     feature = text_feature(builder.info.features, feature, named)
-    key = hashlib.sha256(f"{directory}#{feature}".encode())
-    for path in sorted(directory.iterdir()):
-        key.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} ".encode())
+    key = fingerprint_of(directory, feature)
     name = re.sub(r"[^A-Za-z0-9]+", "-", named).strip("-")[-40:]
-    cache = data_dir() / "derived" / f"tfds-{name}-{key.hexdigest()[:16]}"
+    cache = data_dir() / "derived" / f"tfds-{name}-{key[:16]}"
     sources = {s: builder.as_data_source(s) for s in SPLITS if s in builder.info.splits}
     if "train" not in sources:
         raise DataError(f"{spec} has no train split, only {sorted(builder.info.splits)}")
@@ -59,6 +52,25 @@ def open_tfds(spec: str) -> TextSet:
         "notes": notes,
     }
     return TextSet(splits, about, cache)
+
+
+def open_builder(named: str) -> tuple[Path, Any]:
+    """The directory of a prepared set and the TFDS builder that reads it."""
+    import tensorflow_datasets as tfds
+
+    directory = find_directory(named)
+    builder: Any = tfds.builder_from_directory(directory)
+    if str(getattr(builder.info.file_format, "value", "")) != "array_record":
+        raise DataError(f"{directory} is not in ArrayRecord format; {how_to_prepare(named)}")
+    return directory, builder
+
+
+def fingerprint_of(directory: Path, feature: str) -> str:
+    """SHA-256 of what is read: names, sizes and times of the files, and the feature."""
+    key = hashlib.sha256(f"{directory}#{feature}".encode())
+    for path in sorted(directory.iterdir()):
+        key.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} ".encode())
+    return key.hexdigest()
 
 
 def find_directory(named: str) -> Path:

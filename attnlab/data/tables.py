@@ -1,17 +1,19 @@
 """What ``attnlab data list | get NAME | info NAME`` prints."""
 
 from attnlab.data.corpora import CORPORA, Corpus
+from attnlab.data.labelled import LABELLED, open_labelled
 from attnlab.data.places import data_dir
 from attnlab.tasks.text import open_text
 
 
 def run_list() -> None:
-    """Every corpus, where it comes from and its licence."""
+    """Every corpus and labelled set, where it comes from and its licence."""
     rows = [("corpus", "source", "licence", "what")]
-    for name, source in CORPORA.items():
+    for name, source in [*CORPORA.items(), *LABELLED.items()]:
         archive = source.archive if isinstance(source, Corpus) else None
         origin = f"{archive.distribution} {archive.version}" if archive else "this environment"
-        rows.append((name, origin, source.licence, source.description))
+        labelled = "labelled: " * (name in LABELLED)
+        rows.append((name, origin, source.licence, labelled + source.description))
     rows.append(("text:GLOB", "own files", "your own", "every matching file is one document"))
     rows.append(("tfds:NAME", "TFDS", "the set's own", "a set prepared in ArrayRecord format"))
     print_table(rows)
@@ -19,13 +21,21 @@ def run_list() -> None:
 
 
 def run_get(name: str) -> None:
-    """Fetch and prepare a corpus, so that later runs need no network."""
+    """Fetch and prepare a corpus or a labelled set, so that later runs need no network."""
+    if name in LABELLED:
+        splits = open_labelled(name).splits.values()
+        print(f"{name} is ready: {sum(map(len, splits)):,} labelled rows")
+        return
     text = open_text(name)
     print(f"{name} is ready: {sum(s.size for s in text.splits.values()):,} bytes")
 
 
 def run_info(name: str) -> None:
-    """Licence, checksum and splits of a corpus, and what compressors make of its test split."""
+    """Licence, checksum and splits of a corpus, and what compressors make of its test split; of a
+    labelled set, how many rows each class has."""
+    if name in LABELLED:
+        show_classes(name)
+        return
     from attnlab.data.compress import baselines
 
     text = open_text(name)
@@ -42,6 +52,19 @@ def run_info(name: str) -> None:
     rows = [("test, bits per byte", "alone", "after train")]
     for compressor, bits in baselines(text).items():
         rows.append((compressor, f"{bits['alone']:.3f}", f"{bits['after_train']:.3f}"))
+    print()
+    print_table(rows)
+
+
+def show_classes(name: str) -> None:
+    """What is known of a labelled set, and its rows by split and class."""
+    found = open_labelled(name)
+    for field in ("source", "description", "licence", "duplicates left out"):
+        print(f"{field}: {found.about[field]}")
+    rows = [("split", "rows", "longest", *found.classes)]
+    for split, part in found.splits.items():
+        counts = (f"{(part.labels == i).sum():,}" for i in range(len(found.classes)))
+        rows.append((split, f"{len(part):,}", f"{part.longest:,}", *counts))
     print()
     print_table(rows)
 

@@ -24,7 +24,7 @@ class LabelledRecipe(Recipe):
     vocab_size: ClassVar[int]
     classes: ClassVar[int]
 
-    def build(self, *, seed: int, length: int, batch: int) -> "Labelled":
+    def build(self, *, seed: int, length: int, batch: int) -> Rows:
         return Labelled(self, seed=seed, length=length, batch=batch)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Batches of rows that are made up: a new one every step, and held-out rows at any length."""
+"""Batches of rows, each a document of its own, and rows of held-out splits at any length."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ from attnlab.tasks import check_sizes
 
 
 class Rows(ABC):
-    """Rows of ``recipe``, every one a document of its own. No row is drawn twice but by chance, and
-    none of a held-out split is ever trained on, see `splits`."""
+    """Rows of ``recipe``. None of a held-out split is ever trained on; one that is made up, see
+    `splits`, is not drawn twice but by chance."""
 
     def __init__(self, recipe: Any, *, seed: int, length: int, batch: int):
         check_sizes(seed, length, batch)
@@ -39,6 +39,10 @@ class Rows(ABC):
         self, split: str, step: int, rows: Sequence[int], length: int
     ) -> dict[str, np.ndarray]:
         """Those rows of the batch of a step of any split; also ``depth`` where the task has it."""
+
+    def size(self, split: str) -> int | None:
+        """How many rows a split has; None where there are as many as one asks for."""
+        return None
 
     def info(self) -> dict:
         """The options of the task."""
