@@ -7,7 +7,7 @@ may be any.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,57 @@ def _answer(
     return found
 
 
+def held_out(
+    task: Any,
+    config: ConfigDict,
+    split: str,
+    length: int,
+    tokens: int,
+    sharding: NamedSharding | None,
+    stop: Callable[[], bool],
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any], int]]:
+    """About ``tokens`` tokens of a split, by default all rows that are stored, or `ROWS` of the
+    training length where they are made up, a batch at a time: as drawn, as arrays on the devices,
+    and how many of its rows count. Raises `Stopped`."""
+    trained = config.task.length
+    stored = task.size(split)
+    rows = stored or max(FEWEST, ROWS * trained // length)
+    if tokens:
+        rows = min(stored or tokens, max(1, tokens // length))
+    batch = max(1, min(rows, config.evaluate.batch * trained // length))
+    batch, share = spread(batch, sharding)
+    for number in range(-(-rows // batch)):
+        if stop():
+            raise Stopped
+        drawn = task.draw(split, number, range(batch), length)
+        arrays = {name: drawn[name] for name in NAMES}
+        if sharding is not None:
+            arrays = put({name: z[share] for name, z in arrays.items()}, sharding)
+        yield drawn, arrays, min(batch, rows - number * batch)
+
+
+def length_of(task: Any, config: ConfigDict, length: int, stride: int) -> int:
+    """The length that is scored: the given one, or that of the config where it is 0. Raises
+    `UserError` for a stride."""
+    length = length or config.evaluate.length or config.task.length
+    if stride not in (0, length):
+        raise UserError(f"stride={stride}: rows of task {task.name} are scored whole; leave it out")
+    return length
+
+
+def describe(task: Any, config: ConfigDict, split: str, step: int, length: int) -> dict[str, Any]:
+    """What is needed to compare scores with others: JSON."""
+    return {
+        "task": task.name,
+        "split": split,
+        "step": step,
+        "length": length,
+        "trained_length": config.task.length,
+        "dtype": config.model.dtype,
+        "average": bool(config.optimizer.ema),
+    }
+
+
 def score_answers(
     model: Model,
     params: Any,
@@ -75,40 +126,23 @@ def score_answers(
     devices; every process must then call. ``stop()`` is asked between batches. Raises `UserError`
     for a stride, which rows do not have, and a length that the task refuses, `Stopped`.
     """
-    settings, trained = config.evaluate, config.task.length
-    length = length or settings.length or trained
-    if stride not in (0, length):
-        raise UserError(f"stride={stride}: rows of task {task.name} are scored whole; leave it out")
-    stored = task.size(split)
-    rows = stored or max(FEWEST, ROWS * trained // length)
-    if tokens:
-        rows = min(stored or tokens, max(1, tokens // length))
-    batch, share = spread(max(1, min(rows, settings.batch * trained // length)), sharding)
+    length = length_of(task, config, length, stride)
     found: dict[str, list] = {name: [] for name in ("asked", "right", "nats", "depth")}
-    for number in itertools.count():
-        if number * batch >= rows:
-            break
-        if stop():
-            raise Stopped
-        drawn = task.draw(split, number, range(batch), length)
-        arrays = {name: drawn[name] for name in NAMES}
-        if sharding is not None:
-            arrays = put({name: z[share] for name, z in arrays.items()}, sharding)
+    for drawn, arrays, keep in held_out(task, config, split, length, tokens, sharding, stop):
         nats, right = map(np.asarray, _answer(model, params, arrays, sharding))
-        keep = min(batch, rows - number * batch)
         depth = drawn.get("depth", np.full(right.shape, np.nan))
         for name, z in zip(found, (drawn["targets"] >= 0, right, nats, depth)):
             found[name].append(z[:keep].reshape(keep, -1))
     return {
-        "task": task.name,
-        "split": split,
-        "step": step,
-        "length": length,
-        "trained_length": trained,
-        "dtype": config.model.dtype,
-        "average": bool(config.optimizer.ema),
+        **describe(task, config, split, step, length),
         **summarise(*map(np.concatenate, found.values())),
     }
+
+
+def interval_of(accuracy: float, shares: np.ndarray) -> list[float]:
+    """The 95 % interval of a mean over rows, of which each has its share [R]."""
+    error = 1.96 * float(shares.std()) / len(shares) ** 0.5
+    return [max(0.0, accuracy - error), min(1.0, accuracy + error)]
 
 
 def summarise(
@@ -118,7 +152,6 @@ def summarise(
     the answers stand (NaN: nowhere). The interval is that of a mean over rows."""
     hits, count = (right & asked).sum(1), asked.sum(1)
     share = hits / np.maximum(count, 1)
-    error = 1.96 * float(share.std()) / len(share) ** 0.5
     accuracy = float(hits.sum() / count.sum())
     where, length = depth[asked], asked.shape[1]
     distance = np.nonzero(asked)[1] - where * (length - 1)
@@ -127,7 +160,7 @@ def summarise(
         "rows": len(share),
         "asked": int(count.sum()),
         "accuracy": accuracy,
-        "accuracy_95": [max(0.0, accuracy - error), min(1.0, accuracy + error)],
+        "accuracy_95": interval_of(accuracy, share),
         "rows_right": float((hits == count).mean()),
         "nats_per_answer": float(nats[asked].sum() / count.sum()),
         "by_depth": _binned(where, right[asked], np.linspace(0, 1, DEPTHS + 1)),

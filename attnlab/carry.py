@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array
-from attnlab.model import Memory, Model, initial_memory
+from attnlab.model import Memory, initial_memory
+from attnlab.pointer import Trainable
 
 
 class Carried(NamedTuple):
@@ -26,12 +27,12 @@ class Carried(NamedTuple):
     layers: tuple[Any, ...]
 
 
-def carries(model: Model) -> bool:
+def carries(model: Trainable) -> bool:
     """Whether any layer hands its state on."""
     return any(mechanism.carries for mechanism in model.mechanisms)
 
 
-def nothing_read(model: Model, rows: int) -> Carried | tuple[()]:
+def nothing_read(model: Trainable, rows: int) -> Carried | tuple[()]:
     """What is carried before the first batch; () for a model that carries nothing.
 
     Raises `TypeError` for a mechanism that carries and has no state, or not one entry a row.
@@ -50,7 +51,7 @@ def nothing_read(model: Model, rows: int) -> Carried | tuple[()]:
     return Carried(none, none - 1, layers)
 
 
-def resume(model: Model, carried: Any, batch: dict[str, Array]) -> Any:
+def resume(model: Trainable, carried: Any, batch: dict[str, Array]) -> Any:
     """The memory with which the model reads a batch: each row's own past, or none."""
     if not carries(model):
         return None
@@ -69,7 +70,7 @@ def resume(model: Model, carried: Any, batch: dict[str, Array]) -> Any:
     )
 
 
-def hand_on(model: Model, memory: Any, batch: dict[str, Array]) -> Any:
+def hand_on(model: Trainable, memory: Any, batch: dict[str, Array]) -> Any:
     """What is carried from a batch that was read, with the memory that the model returned."""
     if not carries(model):
         return ()
@@ -77,6 +78,6 @@ def hand_on(model: Model, memory: Any, batch: dict[str, Array]) -> Any:
     return jax.lax.stop_gradient(Carried(seg, pos, _states(model, memory)))
 
 
-def _states(model: Model, memory: Any) -> tuple[Any, ...]:
+def _states(model: Trainable, memory: Any) -> tuple[Any, ...]:
     pairs = zip(model.mechanisms, memory)
     return tuple(m.carried(past.state) if m.carries else () for m, past in pairs)

@@ -116,9 +116,11 @@ def _thousands(axis: Any) -> None:
 
 
 def _context(axes: Any, entries: Entries) -> None:
-    """The loss of text by the tokens in sight, or the accuracy of answers by their distance."""
-    if any("by_distance" in (entry.get("test") or {}) for entry in entries):
-        return _distances(axes, entries)
+    """The loss of text by the tokens in sight, or the accuracy of answers by their distance or by
+    the points of a row."""
+    for key, draw in (("by_distance", _distances), ("by_points", _points)):
+        if any(key in (entry.get("test") or {}) for entry in entries):
+            return draw(axes, entries)
     late: list[float] = []
     for i, entry in enumerate(entries):
         if rows := (entry.get("test") or {}).get("loss_by_context"):
@@ -144,6 +146,16 @@ def _distances(axes: Any, entries: Entries) -> None:
     axes.set_ylim(-0.02, 1.02)
     _doubling(axes)
     _name(axes, "How far back?", "tokens back to the answer", "accuracy")
+
+
+def _points(axes: Any, entries: Entries) -> None:
+    for i, entry in enumerate(entries):
+        if rows := (entry.get("test") or {}).get("by_points"):
+            x, y = [row["points"] for row in rows], [row["accuracy"] for row in rows]
+            axes.plot(x, y, label=entry["label"], **_line(i))
+    axes.set_ylim(-0.02, 1.02)
+    axes.locator_params(axis="x", integer=True)
+    _name(axes, "How many points?", "points of a row", "accuracy")
 
 
 def _recall(axes: Any, entries: Entries) -> None:

@@ -28,6 +28,7 @@ SCORES = (
     "accuracy_95",
     "rows",
     "by_distance",
+    "by_points",
 )
 """What is kept of a result, as far as its kind has it."""
 

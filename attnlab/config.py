@@ -23,6 +23,7 @@ from attnlab.tasks import COMMON, recipes
 if TYPE_CHECKING:
     from attnlab.data.tokenizers import Tokenizer
     from attnlab.model import Architecture, Classifier, Transformer
+    from attnlab.pointer import Outputs, PointerNetwork
 
 
 def base(
@@ -216,6 +217,20 @@ def classifier_of(
         classes,
         normaliser_of(config),
     )
+
+
+def pointer_of(config: ConfigDict, outputs: "Outputs") -> "PointerNetwork":
+    """A pointer network whose encoder is that of a config; ``outputs``: what it may name."""
+    from attnlab.encoders import TransformerEncoder
+    from attnlab.pointer import PointerNetwork
+
+    encoder = TransformerEncoder(
+        architecture_of(config),
+        mechanisms_of(config),
+        position_of(config),
+        normaliser_of(config),
+    )
+    return PointerNetwork(encoder, outputs)
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:

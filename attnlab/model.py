@@ -207,7 +207,8 @@ class Block(nn.Module):
 
 class Backbone(nn.Module):
     """Tokens [B N] to hidden states [B N width]; ``mechanisms`` has one entry per layer, and
-    ``marks`` one byte per token id, its ``unit`` (see `Mechanism.marked`), or none: all 0."""
+    ``marks`` one byte per token id, its ``unit`` (see `Mechanism.marked`), or none: all 0. A token
+    may also be a mixture of ids, with its weights: f32 [B N vocab_size]."""
 
     architecture: Architecture
     vocab_size: int
@@ -228,14 +229,14 @@ class Backbone(nn.Module):
     def __call__(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
         a = self.architecture
         shared = self.position_params if self.position.shared else None
-        x = self.embedding(tokens) * jnp.asarray(a.width**0.5, a.dtype)
+        x = self._embedded(tokens) * jnp.asarray(a.width**0.5, a.dtype)
         x = self.position.embed(shared or {}, x, pos)
         x = nn.Dropout(a.dropout, deterministic=not train)(x)
         memory = memory or (None,) * len(self.mechanisms)
         unit = None
         if any(mechanism.marked for mechanism in self.mechanisms):
             table = np.frombuffer(self.marks or bytes(self.vocab_size), np.uint8)
-            unit = jnp.asarray(table, jnp.int32)[tokens]
+            unit = jnp.asarray(table, jnp.int32)[tokens if tokens.ndim == 2 else 0 * pos]
         block, after, aux = nn.remat(Block) if a.remat else Block, [], []
         for i, (mechanism, past) in enumerate(zip(self.mechanisms, memory)):
             layer = block(
@@ -245,6 +246,13 @@ class Backbone(nn.Module):
             after.append(past)
             aux.append(extra)
         return self.norm(x), Extras(tuple(after), tuple(aux))
+
+    def _embedded(self, tokens: Array) -> Array:
+        if tokens.ndim == 2:
+            return self.embedding(tokens)
+        table: Any = self.embedding.embedding
+        weights, table = (z.astype(self.architecture.dtype) for z in (tokens, table))
+        return projected(weights, table)
 
 
 class Transformer(nn.Module):

@@ -20,11 +20,12 @@ from attnlab.carry import nothing_read, resume
 from attnlab.errors import UserError
 from attnlab.kinds import kind_of
 from attnlab.limits import validate
-from attnlab.model import Classifier, Model, Transformer, initial_memory
+from attnlab.model import Transformer, initial_memory
 from attnlab.optimizer import make_optimizer
+from attnlab.pointer import PointerNetwork, Trainable
 from attnlab.sharding import batch_sharding, make_mesh
 from attnlab.statistics import merge, split
-from attnlab.step import init_state, losses_of
+from attnlab.step import blank, init_state, losses_of
 
 
 class Layers(NamedTuple):
@@ -78,26 +79,26 @@ def plan(config: ConfigDict) -> None:
         )
 
 
-def estimate_cost(config: ConfigDict, model: Model, devices: int = 1, fsdp: int = 1) -> Estimate:
+def estimate_cost(
+    config: ConfigDict, model: Trainable, devices: int = 1, fsdp: int = 1
+) -> Estimate:
     """Counts parameters, FLOPs and bytes of a config and its model, which it traces in a second.
 
     Activations are what autodiff keeps of one part of the batch, before XLA fuses any of it away.
     """
-    a, length = model.architecture, config.task.length
+    length = config.task.length
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config))
     learned, measured = split(state.params)
     parts = {name: _count(part) for name, part in learned["backbone"].items()}
     parts |= {name: _count(part) for name, part in learned.items() if name != "backbone"}
-    read_out = a.tied and isinstance(model, Transformer)
-    multiplied = sum(parts.values()) - (0 if read_out else parts["embedding"])
     layers = _layers(model, config.attention.name.split("+"), length)
     gradients = _size(learned) * (2 if config.optimizer.accumulate > 1 else 1)
     rows = config.task.batch // config.optimizer.accumulate
     return Estimate(
         parameters=parts,
         measured=_count(measured),
-        matmul_flops=6.0 * multiplied,
+        matmul_flops=6.0 * _multiplied(model, parts, length),
         attention_flops=sum(each.count * each.flops for each in layers.values()),
         decoding=sum(each.count * each.decoding for each in layers.values()),
         layers=layers,
@@ -107,7 +108,16 @@ def estimate_cost(config: ConfigDict, model: Model, devices: int = 1, fsdp: int 
     )
 
 
-def _layers(model: Model, names: Sequence[str], length: int) -> dict[str, Layers]:
+def _multiplied(model: Trainable, parts: dict[str, int], length: int) -> float:
+    """How many parameters a token is multiplied with."""
+    if isinstance(model, PointerNetwork):
+        layers = sum(count for name, count in parts.items() if name.startswith("layer_"))
+        return layers + parts["embedding"] + model.count_products(length) / length
+    read_out = model.architecture.tied and isinstance(model, Transformer)
+    return sum(parts.values()) - (0 if read_out else parts["embedding"])
+
+
+def _layers(model: Trainable, names: Sequence[str], length: int) -> dict[str, Layers]:
     """The layers of each mechanism; ``names`` are those of one cycle."""
     a, layers = model.architecture, {}
     for name, mechanism in zip(itertools.cycle(names), model.mechanisms):
@@ -158,7 +168,7 @@ def device_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
-def _residuals(model: Model, params: Any, rows: int, length: int) -> int:
+def _residuals(model: Trainable, params: Any, rows: int, length: int) -> int:
     """Bytes between the forward and the backward pass of the loss, parameters themselves apart.
 
     With `remat`, one layer more, which the backward pass has open at a time.
@@ -167,10 +177,7 @@ def _residuals(model: Model, params: Any, rows: int, length: int) -> int:
     learned, measured = split(params)
 
     def backward(learned, measured):
-        zeros = jnp.zeros((rows, length), jnp.int32)
-        batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
-        if isinstance(model, Classifier):
-            batch["targets"] = zeros[:, 0]
+        batch = blank(model, rows, length)
         rngs = {"dropout": jax.random.key(0), "attention": jax.random.key(0)}
         read = nothing_read(model, rows)
 

@@ -156,6 +156,36 @@ def plot_distances(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     save_figure(figure, path)
 
 
+def plot_examples(examples: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows of points, each with the lines that are true (above) and those found (below); rows as
+    `pointing.score_named` gives them. Writes a PNG."""
+    from matplotlib.figure import Figure
+
+    size = len(examples)
+    figure = Figure(figsize=(2.1 * size, 4.6), layout="constrained")
+    panels = figure.subplots(2, size, squeeze=False)
+    for column, row in enumerate(examples):
+        colour = COLOURS[2] if row["right"] else COLOURS[1]
+        for axes, key, ink in zip(panels[:, column], ("true", "found"), (GREYS[2], colour)):
+            for ends in row[key]:
+                axes.plot(*zip(*(row["points"][i] for i in ends)), color=ink, lw=1.4)
+            axes.plot(*zip(*row["points"]), ls="", marker="o", ms=4, mew=0, color="black")
+            axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), xticks=[], yticks=[], aspect="equal")
+        panels[0, column].set_title(f"{len(row['points'])} points", fontsize=9)
+        panels[1, column].set_xlabel("right" if row["right"] else "wrong", color=colour)
+    for axes, name in zip(panels[:, 0], ("true", "found")):
+        axes.set_ylabel(name)
+    save_figure(figure, path)
+
+
+AXES = {
+    "depth": "depth of the answer",
+    "distance": "tokens back to the string",
+    "points": "points of a row, or more",
+}
+"""What recall is shown against, see `kinds.Kind.probe`."""
+
+
 def plot_lengths(found: Mapping[int, Mapping[str, Any]], trained: int, path: Path) -> None:
     """The headline against the length, and recall by length and depth (or distance) as a heat map;
     by length what `kinds.Kind.probe` gives. Writes a PNG."""
@@ -179,8 +209,7 @@ def plot_lengths(found: Mapping[int, Mapping[str, Any]], trained: int, path: Pat
         heat.set_xticks(range(len(found)), [f"{n:,}" for n in found])
         heat.set_yticks(range(len(at)), [f"{y:g}" for y in at])
         axis = next(iter(found.values()))["axis"]
-        name = {"depth": "depth of the answer", "distance": "tokens back to the string"}[axis]
-        heat.set(xlabel="tokens", ylabel=name, title="share recalled")
+        heat.set(xlabel="tokens", ylabel=AXES[axis], title="share recalled")
         figure.colorbar(image, ax=heat)
     else:
         heat.set_axis_off()

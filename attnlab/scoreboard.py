@@ -144,7 +144,8 @@ class Section(NamedTuple):
 
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
-    """The loss by context and the recall by distance, as far as they were measured."""
+    """The loss by context, the recall by distance, the answers by points, as far as they were
+    measured."""
     done = [entry for entry in result["entries"] if entry.get("test")]
     planted = [entry for entry in done if entry["needle"]]
     found = []
@@ -160,16 +161,7 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
         ]
         note = "Bits per token of held-out text, by tokens in sight, from the number above on."
         found.append(Section("Does more context help?", note, ["mechanism", *head], rows))
-    if asked := [e for e in done if e["test"].get("by_distance")]:
-        answered = {e["label"]: {int(r["low"]): r for r in e["test"]["by_distance"]} for e in asked}
-        lows = sorted({low for each in answered.values() for low in each})
-        rows = [
-            [label, *(f"{r[low]['accuracy']:.3f}" if low in r else "–" for low in lows)]
-            for label, r in answered.items()
-        ]
-        note = "Share of the answers that are right, by tokens back to the answer, from the number "
-        head = ["mechanism", *(f"{low:,}" for low in lows)]
-        found.append(Section("How far back?", note + "above on.", head, rows))
+    found += _answered(done)
     if planted:
         about = planted[0]["needle"]
         distances = [f"{row['distance']:,}" for row in about["distances"]]
@@ -189,6 +181,27 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
                 for e in planted
             ]
             found.append(Section(title, what + note, head, rows))
+    return found
+
+
+def _answered(done: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """The answers by distance, or by points."""
+    found = []
+    for key, at, title, by in (
+        ("by_distance", "low", "How far back?", "by tokens back to the answer, from the number "
+         "above on."),
+        ("by_points", "points", "How many points?", "by the points of a row."),
+    ):  # fmt: skip
+        if asked := [e for e in done if e["test"].get(key)]:
+            answered = {e["label"]: {int(r[at]): r for r in e["test"][key]} for e in asked}
+            lows = sorted({low for each in answered.values() for low in each})
+            rows = [
+                [label, *(f"{r[low]['accuracy']:.3f}" if low in r else "–" for low in lows)]
+                for label, r in answered.items()
+            ]
+            note = f"Share of the answers that are right, {by}"
+            head = ["mechanism", *(f"{low:,}" for low in lows)]
+            found.append(Section(title, note, head, rows))
     return found
 
 

@@ -13,7 +13,8 @@ from attnlab.carry import hand_on, nothing_read, resume
 from attnlab.core import Array
 from attnlab.cross_entropy import cross_entropy
 from attnlab.leaves import all_finite
-from attnlab.model import Classifier, Extras, Model, Transformer
+from attnlab.model import Classifier, Extras, Transformer
+from attnlab.pointer import PointerNetwork, Trainable
 from attnlab.statistics import advance, merge, split
 
 
@@ -35,13 +36,28 @@ class State(NamedTuple):
         return self.average if self.average != () else self.params
 
 
-def init_params(model: Model, seed: int) -> Any:
+def init_params(model: Trainable, seed: int) -> Any:
     """Fresh parameters. A function of the seed and the sizes alone."""
-    row = jnp.zeros((1, 2), jnp.int32)
-    return model.init(jax.random.key(seed), row, row, row)["params"]
+    batch = blank(model, 1, 2)
+    inputs = (batch[name] for name in ("tokens", "pos", "seg"))
+    return model.init(jax.random.key(seed), *inputs)["params"]
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, config: ConfigDict) -> State:
+def blank(model: Trainable, rows: int, length: int) -> dict[str, Array]:
+    """A batch of zeros, of the shapes that a model is trained on."""
+    zeros = jnp.zeros((rows, length), jnp.int32)
+    batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
+    if isinstance(model, Classifier):
+        batch["targets"] = zeros[:, 0]
+    if isinstance(model, PointerNetwork):
+        batch["tokens"] = jnp.zeros((rows, length, 2))
+        batch["targets"] = jnp.zeros((rows, model.outputs.steps(length)), jnp.int32)
+    return batch
+
+
+def init_state(
+    model: Trainable, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> State:
     """The state before the first step."""
     params = init_params(model, config.seed)
     average = jax.tree.map(jnp.copy, params) if config.optimizer.ema else ()
@@ -51,8 +67,9 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, config: Co
 
 
 class Losses(NamedTuple):
-    """``nll`` f32 [B N] or [B]: negative log-likelihood of every target in nats, 0 where is none;
-    ``balance``: the sum of the mechanisms' own loss terms; ``extras`` as the model gives them."""
+    """``nll`` f32, of the shape of the targets: negative log-likelihood of each in nats, 0 where is
+    none; ``balance``: the sum of the mechanisms' own loss terms; ``extras`` as the model gives
+    them."""
 
     nll: Array
     balance: Array
@@ -60,13 +77,15 @@ class Losses(NamedTuple):
 
 
 def losses_of(
-    model: Model,
+    model: Trainable,
     params: Any,
     batch: dict[str, Array],
     *args: Any,
     **options: Any,
 ) -> Losses:
-    """`token_losses` or `class_losses`, by the model."""
+    """`token_losses`, `class_losses` or `pointer_losses`, by the model."""
+    if isinstance(model, PointerNetwork):
+        return pointer_losses(model, params, batch, *args, **options)
     losses = class_losses if isinstance(model, Classifier) else token_losses
     return losses(model, params, batch, *args, **options)  # pyright: ignore[reportArgumentType]
 
@@ -80,6 +99,17 @@ def class_losses(
     logits, extras = out
     labels = jnp.maximum(batch["targets"], 0)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return Losses(jnp.where(predicted(batch), nll, 0.0), _balance(extras), extras)
+
+
+def pointer_losses(
+    model: PointerNetwork, params: Any, batch: dict[str, Array], memory: Any = None, **options: Any
+) -> Losses:
+    """As `token_losses`, of the targets [B m] of points; nothing is continued."""
+    inputs = (batch[name] for name in ("tokens", "pos", "seg", "targets"))
+    scores, extras = model.apply({"params": params}, *inputs, **options)
+    chosen = jnp.maximum(batch["targets"], 0)[..., None]
+    nll = -jnp.take_along_axis(scores, chosen, -1)[..., 0]
     return Losses(jnp.where(predicted(batch), nll, 0.0), _balance(extras), extras)
 
 
@@ -100,9 +130,9 @@ def _balance(extras: Extras) -> Array:
 
 
 def predicted(batch: dict[str, Array]) -> Array:
-    """Which targets there are: bool [B N], or [B] where a row has one."""
-    given = batch["targets"] >= 0
-    return given & (batch["seg"] >= 0) if given.ndim == 2 else given
+    """Which targets there are: bool, as the targets; of tokens [B N] none in an empty slot."""
+    given, full = batch["targets"] >= 0, batch["seg"] >= 0
+    return given & full if given.shape == full.shape else given
 
 
 class Kept(NamedTuple):
@@ -113,7 +143,7 @@ class Kept(NamedTuple):
     memory: Any
 
 
-def make_gradient(model: Model, parts: int) -> Callable[..., tuple[Array, Any, Kept]]:
+def make_gradient(model: Trainable, parts: int) -> Callable[..., tuple[Array, Any, Kept]]:
     """The function (params, memory, batch, key) -> (loss, gradient of the learned parameters,
     `Kept`), computed in ``parts``. Every part takes rows from all devices: row r of the batch, and
     of the memory, belongs to part r mod parts."""
@@ -154,7 +184,7 @@ def make_gradient(model: Model, parts: int) -> Callable[..., tuple[Array, Any, K
 
 
 def make_step(
-    model: Model, optimizer: optax.GradientTransformation, config: ConfigDict
+    model: Trainable, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[State, dict[str, Array]], tuple[State, dict[str, Array]]]:
     """The function (state, batch) -> (state, metrics).
 

@@ -1,5 +1,6 @@
 """Synthetic tasks of recall: the share of answers that are right."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,19 @@ from attnlab.config import model_of
 from attnlab.errors import UserError
 from attnlab.kinds import Kind
 
+SCORES = (
+    ("accuracy", "accuracy"),
+    ("rows all right", "rows_right"),
+    ("nats per answer", "nats_per_answer"),
+    ("answers", "asked"),
+    ("rows", "rows"),
+)
+
 
 class Answers(Kind):
+    unit, question, picture = "tokens", "How far back?", "distance.png"
+    """See `attnlab.report_answers.Shown`."""
+
     def make_model(self, config: ConfigDict, task: Any) -> Any:
         return model_of(config, task.vocab_size)
 
@@ -34,6 +46,9 @@ class Answers(Kind):
 
     def format(self, result: dict[str, Any]) -> str:
         return format_answers(result)
+
+    def scores(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: result[key] for name, key in SCORES}
 
     def plot(self, result: dict[str, Any], path: Path) -> None:
         from attnlab.plots import plot_distances
@@ -59,7 +74,7 @@ class Answers(Kind):
             results[split] = self.score(
                 model, params, task, config, split, step, tokens=tokens, **scoring
             )
-        finish(run, config, task.info(), results, step)
+        finish(run, config, task.info(), results, step, self)
 
 
 KIND = Answers()

@@ -22,7 +22,8 @@ class Task(Protocol):
     @property
     def batch_size(self) -> int: ...
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """int32 [rows, N] each: tokens, targets (-1: none), pos, seg (-1: an empty slot)."""
+        """int32 [rows, N] each: tokens, targets (-1: none), pos, seg (-1: an empty slot). A row may
+        have targets of its own, [rows] or [rows, m], and its tokens be points, f32 [rows, N, 2]."""
         ...
 
     def batches(

@@ -23,7 +23,8 @@ class Rows(ABC):
         self.vocab_size = recipe.vocab_size
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """int32: tokens, pos, seg [rows N]; targets [rows N] (-1: nothing is asked) or [rows]."""
+        """int32: tokens, pos, seg [rows N]; targets [rows N] (-1: nothing is asked) or [rows]. Of
+        points, float32 tokens [rows N 2] and targets [rows m]."""
         every = range(self.batch_size)[rows if rows is not None else slice(None)]
         drawn = self.draw("train", step, every, self.length)
         return {name: drawn[name] for name in ("tokens", "targets", "pos", "seg")}

@@ -20,8 +20,8 @@ ATTEMPTS = 500  # a tenth of all instances is missed as often by chance once in 
 
 
 def split_of(tokens: np.ndarray) -> np.ndarray:
-    """The index in `SPLITS` of the split of each row of [rows length]: [rows]."""
-    rows = np.ascontiguousarray(tokens, "<i4")
+    """The index in `SPLITS` of the split of each row of [rows length ...]: [rows]."""
+    rows = np.ascontiguousarray(tokens, "<f4" if tokens.dtype.kind == "f" else "<i4")
     digests = [hashlib.sha256(row).digest() for row in rows]
     tenths = np.array([int.from_bytes(digest[:8], "big") % 10 for digest in digests], np.intp)
     train, validation, test = range(len(SPLITS))
