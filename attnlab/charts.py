@@ -116,9 +116,13 @@ def _thousands(axis: Any) -> None:
 
 
 def _context(axes: Any, entries: Entries) -> None:
-    """The loss of text by the tokens in sight, or the accuracy of answers by their distance or by
-    the points of a row."""
-    for key, draw in (("by_distance", _distances), ("by_points", _points)):
+    """The loss of text by the tokens in sight, the accuracy of answers by their distance or by the
+    points of a row, or the error of regression by the examples seen."""
+    for key, draw in (
+        ("by_distance", _distances),
+        ("by_points", _points),
+        ("by_examples", _examples),
+    ):
         if any(key in (entry.get("test") or {}) for entry in entries):
             return draw(axes, entries)
     late: list[float] = []
@@ -156,6 +160,23 @@ def _points(axes: Any, entries: Entries) -> None:
     axes.set_ylim(-0.02, 1.02)
     axes.locator_params(axis="x", integer=True)
     _name(axes, "How many points?", "points of a row", "accuracy")
+
+
+def _examples(axes: Any, entries: Entries) -> None:
+    found = [(i, rows) for i, e in enumerate(entries) if (rows := _by_examples(e))]
+    for i, rows in found:
+        x = [(row["low"] + row["high"] - 1) / 2 for row in rows]
+        axes.plot(x, [row["model"] for row in rows], label=entries[i]["label"], **_line(i))
+    for _, rows in found[:1]:  # the same rows for all
+        x = [(row["low"] + row["high"] - 1) / 2 for row in rows]
+        axes.plot(x, [row["ridge"] for row in rows], color="#8c8c8c", ls=":", lw=1.4)
+        axes.annotate("ridge", (x[-1], rows[-1]["ridge"]), color="#6f6f6f", fontsize=8, va="top")
+    axes.set_yscale("log")
+    _name(axes, "Do more examples help?", "examples seen", "squared error")
+
+
+def _by_examples(entry: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return (entry.get("test") or {}).get("by_examples", ())
 
 
 def _recall(axes: Any, entries: Entries) -> None:

@@ -29,6 +29,9 @@ SCORES = (
     "rows",
     "by_distance",
     "by_points",
+    "normalised_squared_error",
+    "normalised_squared_error_95",
+    "by_examples",
 )
 """What is kept of a result, as far as its kind has it."""
 

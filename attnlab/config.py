@@ -8,6 +8,7 @@ own file. What else the name of an attention may say is in `attnlab.patterns`.
 import itertools
 import json
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ from attnlab.tasks import COMMON, recipes
 
 if TYPE_CHECKING:
     from attnlab.data.tokenizers import Tokenizer
-    from attnlab.model import Architecture, Classifier, Transformer
+    from attnlab.model import Architecture, Classifier, Regressor, Transformer
     from attnlab.pointer import Outputs, PointerNetwork
 
 
@@ -233,6 +234,19 @@ def pointer_of(config: ConfigDict, outputs: "Outputs") -> "PointerNetwork":
     return PointerNetwork(encoder, outputs)
 
 
+def regressor_of(config: ConfigDict, features: int) -> "Regressor":
+    """The model of a config for tokens of so many real numbers."""
+    from attnlab.model import Regressor
+
+    return Regressor(
+        architecture_of(config),
+        features,
+        mechanisms_of(config),
+        position_of(config),
+        normaliser_of(config),
+    )
+
+
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     """The part after the colon of ``--config=FILE:key=value,...`` over typed defaults.
 
@@ -249,6 +263,13 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
             raise UserError(f"unknown config argument {key!r}; {did_you_mean(key, defaults)}")
         result[key] = parse(text, kind_of(defaults[key]), f"config argument {key}")
     return result
+
+
+def pick(key: str, name: str, known: Mapping[str, Any]) -> Any:
+    """What a config argument ``key=name`` stands for. Raises `UserError` with the nearest names."""
+    if name not in known:
+        raise UserError(f"config argument {key}={name}: {did_you_mean(name, known)}")
+    return known[name]
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:

@@ -26,6 +26,10 @@ class DataError(AttnlabError):
     code = 3
 
 
+class MissingError(DataError):
+    """Data that are not on this machine, and how to get them; nothing is damaged."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error line: the nearest known names, or all of them when none is near."""
     known = sorted(known)

@@ -10,9 +10,14 @@ document follow each other, ``stride = length``, and each goes on from the memor
 before it left; layers that carry nothing see their window. With S the sum of the negative
 log-likelihoods in nats over all tokens and end marks,
 
-    bits per byte = S / (bytes ln 2),  perplexity per token = e^(S/tokens), per word = e^(S/words)
+    bits per byte = S / (bytes ln 2),  perplexity per token = e^(S/tokens), per word = e^(S/words),
+    per word with <eos> = e^(S/(words + lines))
 
-so that ``bits per byte`` is the size of a real code and may be compared with compressors.
+so that ``bits per byte`` is the size of a real code and may be compared with compressors, and a
+perplexity per word does not depend on the tokenizer. Words are what white space separates in the
+raw bytes, and lines their line feeds: `word_perplexity` is what is reported on PG-19, whose
+vocabulary is open, `word_perplexity_eos` what is reported on WikiText-103, whose files are words
+already, one <eos> a line. Of another count, such as that of the publishers, it is e^(nats/count).
 """
 
 import itertools
@@ -152,16 +157,19 @@ def _lines(documents: Iterable, task: Any, limit: int, result: Scores) -> Iterat
     for document in documents:
         if limit and result.tokens >= limit:
             return
-        ids, size, words = document.tokens, document.n_bytes, document.n_words
+        ids, size = document.tokens, document.n_bytes
+        words, ends = document.n_words, document.n_lines
         line = np.concatenate([[task.boundary], ids, [task.boundary]]).astype(np.int32)
         if limit and len(ids) + 1 > limit - result.tokens:
             ids = ids[: limit - result.tokens]
             text = task.tokenizer.decode(ids)
-            line, size, words = line[: len(ids) + 1], len(text), len(text.split())
+            line, size = line[: len(ids) + 1], len(text)
+            words, ends = len(text.split()), text.count(b"\n")
         index = len(result.documents)
         result.documents.append((document.doc_id, 0.0, size))
         result.tokens += len(line) - 1
         result.words += words
+        result.lines += ends
         yield index, line
 
 
@@ -234,6 +242,7 @@ def describe_scores(
 def format_scores(result: dict[str, Any]) -> str:
     """A few lines for a terminal."""
     interval, words = result["bits_per_byte_95"], result["word_perplexity"]
+    ended = result["word_perplexity_eos"]
     shown = f"  (95 % over documents: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
     per_token = result["token_perplexity"]
     lines = [
@@ -244,7 +253,9 @@ def format_scores(result: dict[str, Any]) -> str:
         + (", memory handed on from window to window" if result["carried"] else ""),
         f"  bits per byte     {result['bits_per_byte']:.4f}{shown}",
         f"  token perplexity  {per_token:.4g}" if per_token else "  token perplexity  beyond e^700",
-        f"  word perplexity   {words:.4g}" if words else "  word perplexity   no words or > e^700",
+        f"  word perplexity   {words:.4g}  ({ended:.4g} with line ends as words)"
+        if words
+        else "  word perplexity   no words or > e^700",
         "  context   bits per token",
     ]
     for row in result["loss_by_context"]:

@@ -219,11 +219,24 @@ class Backbone(nn.Module):
 
     def setup(self):
         a = self.architecture
-        init = nn.initializers.normal(a.width**-0.5)
-        self.embedding = nn.Embed(self.vocab_size, a.width, embedding_init=init, dtype=a.dtype)
+        self.embedding = self.read_in()
         if self.position.shared:
             self.position_params = self.param("position", self.position.init, a.dims)
         self.norm = nn.RMSNorm(dtype=a.dtype)
+
+    @nn.nowrap
+    def read_in(self) -> nn.Module:
+        """What makes vectors [B N width] of tokens."""
+        a = self.architecture
+        init = nn.initializers.normal(a.width**-0.5)
+        return nn.Embed(self.vocab_size, a.width, embedding_init=init, dtype=a.dtype)
+
+    @nn.nowrap
+    def units(self, tokens: Array) -> Array:
+        """The ``unit`` of every token [B N]."""
+        table = np.frombuffer(self.marks or bytes(self.vocab_size), np.uint8)
+        ids = tokens if tokens.ndim == 2 else jnp.zeros(tokens.shape[:2], jnp.int32)
+        return jnp.asarray(table, jnp.int32)[ids]
 
     @nn.compact
     def __call__(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
@@ -235,8 +248,7 @@ class Backbone(nn.Module):
         memory = memory or (None,) * len(self.mechanisms)
         unit = None
         if any(mechanism.marked for mechanism in self.mechanisms):
-            table = np.frombuffer(self.marks or bytes(self.vocab_size), np.uint8)
-            unit = jnp.asarray(table, jnp.int32)[tokens if tokens.ndim == 2 else 0 * pos]
+            unit = self.units(tokens)
         block, after, aux = nn.remat(Block) if a.remat else Block, [], []
         for i, (mechanism, past) in enumerate(zip(self.mechanisms, memory)):
             layer = block(
@@ -339,5 +351,47 @@ def _mean(x: Array, chosen: Array) -> Array:
     return total / jnp.maximum(jnp.sum(chosen, 1), 1)
 
 
-Model = Transformer | Classifier
+class RealBackbone(Backbone):
+    """One whose tokens are vectors [B N F], read by a linear map. Its bias keeps a length in sight
+    of the norms that follow; without it they would see directions alone."""
+
+    def _embedded(self, tokens: Array) -> Array:
+        return self.embedding(tokens)
+
+    @nn.nowrap
+    def read_in(self) -> nn.Module:
+        a = self.architecture
+        return nn.Dense(
+            a.width,
+            kernel_init=nn.initializers.variance_scaling(1 / a.width, "fan_in", "normal"),
+            bias_init=nn.initializers.normal(a.width**-0.5),
+            dtype=a.dtype,
+        )
+
+    @nn.nowrap
+    def units(self, tokens: Array) -> Array:
+        return jnp.zeros(tokens.shape[:2], jnp.int32)
+
+
+class Regressor(nn.Module):
+    """Real numbers in and out: tokens [B N features] to f32 predictions [B N], each read by a
+    linear map off the hidden state of its token. Returns ``(predictions, Extras)``; ``pos``,
+    ``seg`` and ``memory`` as for `Transformer`."""
+
+    architecture: Architecture
+    features: int
+    mechanisms: tuple[Mechanism, ...]
+    position: Position
+    normaliser: Normaliser = Exponential()
+
+    @nn.compact
+    def __call__(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
+        backbone = RealBackbone(
+            self.architecture, 0, self.mechanisms, self.position, self.normaliser, name="backbone"
+        )
+        x, extras = backbone(tokens, pos, seg, memory, train=train, taps=taps)
+        return nn.Dense(1, name="head")(x.astype(jnp.float32))[..., 0], extras
+
+
+Model = Transformer | Classifier | Regressor
 """What can be trained."""

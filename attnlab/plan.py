@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from attnlab import tasks
 from attnlab.carry import nothing_read, resume
-from attnlab.errors import UserError
+from attnlab.errors import MissingError, UserError
 from attnlab.kinds import kind_of
 from attnlab.limits import validate
 from attnlab.model import Transformer, initial_memory
@@ -56,21 +56,25 @@ class Estimate(NamedTuple):
 
 
 def plan(config: ConfigDict) -> None:
-    """Prints the plan of a training run.
+    """Prints the plan of a training run; data that are missing are said to be.
 
     Raises `UserError` for a config that cannot run or whose parameters, gradients and optimizer
-    alone exceed the memory of a device, `DataError` for data that are missing or too small.
+    alone exceed the memory of a device, `DataError` for data that are damaged or too small.
     Prepares the corpus.
     """
     validate(config)
     mesh = make_mesh(config.mesh)
     batch_sharding(mesh, config.task.batch)
-    task = tasks.build(config.task, seed=config.seed)
+    task, missing = None, ""
+    try:
+        task = tasks.build(config.task, seed=config.seed)
+    except MissingError as error:
+        missing = str(error)
     model = kind_of(config).make_model(config, task)
     estimate = estimate_cost(config, model, mesh.size, mesh.shape["fsdp"])
-    splits = task.info().get("splits", {})
+    splits = {} if task is None else task.info().get("splits", {})
     tokens, available = splits.get("train", {}).get("tokens"), device_memory()
-    print(describe(config, estimate, tokens, available))
+    print(describe(config, estimate, tokens, available, missing))
     if estimate.fixed > available:
         raise UserError(
             f"parameters, gradients and optimizer need {_bytes(estimate.fixed)} on each device, "
@@ -128,8 +132,11 @@ def _layers(model: Trainable, names: Sequence[str], length: int) -> dict[str, La
     return layers
 
 
-def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int) -> str:
-    """The plan as text; `tokens` of the training split, if it is finite, and `available` bytes."""
+def describe(
+    config: ConfigDict, e: Estimate, tokens: int | None, available: int, missing: str = ""
+) -> str:
+    """The plan as text; `tokens` of the training split, if it is finite, `available` bytes, and
+    why data are `missing`."""
     task, model, steps = config.task, config.model, config.train.steps
     layers = [n for name, n in e.parameters.items() if name.startswith("layer_")]
     per_layer = f"{min(layers):,}" + (f" to {max(layers):,}" * (min(layers) != max(layers)))
@@ -153,6 +160,8 @@ def describe(config: ConfigDict, e: Estimate, tokens: int | None, available: int
     ]  # fmt: skip
     if tokens:
         rows.append(("data", f"{tokens:,} training tokens: {steps * step / tokens:.2f} epochs"))
+    if missing:
+        rows.append(("data", f"missing: {missing}"))
     if need > available:
         advice = "raise optimizer.accumulate, set model.remat=true or lower task.batch"
         rows.append(("warning", f"this may run out of memory; {advice}"))

@@ -186,6 +186,47 @@ AXES = {
 """What recall is shown against, see `kinds.Kind.probe`."""
 
 
+def plot_errors(rows: Sequence[Mapping[str, Any]], path: Path, least: float) -> None:
+    """Normalised squared error of the validation split (dots) and squared error in training (thin)
+    against the step, given the rows of a metrics.jsonl; ``least`` is what can be had. Writes a
+    PNG."""
+    figure, axes = _axes()
+    for key, label, style in (
+        ("train/loss", "training", {"lw": 1, "alpha": 0.45}),
+        ("validation/normalised_squared_error", "validation, of E y²", {"marker": "o", "ms": 4}),
+    ):
+        if points := _points(rows, key):
+            axes.plot(*zip(*points), color=COLOURS[0], label=label, **style)
+    axes.axhline(least, color=GREYS[0], ls="--", lw=1, label="ridge")
+    axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
+    axes.set(xlabel="step", ylabel="squared error")
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_regression(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Squared error against the number of examples seen, of a model and of what it is compared
+    with; rows as `in_context.summarise` gives them. Writes a PNG."""
+    figure, axes = _axes()
+    x = [(row["low"] + row["high"] - 1) / 2 for row in rows]
+    looks: dict[str, dict[str, Any]] = {
+        "zero": {"color": GREYS[0], "ls": ":"},
+        "least_squares": {"color": COLOURS[1], "ls": "--"},
+        "ridge": {"color": COLOURS[2], "ls": "--"},
+        "model": {"color": COLOURS[0], "marker": "o", "ms": 3},
+    }
+    for name, look in looks.items():
+        axes.plot(x, [row[name] for row in rows], label=name.replace("_", " "), **look)
+    axes.set_yscale("log")
+    top = 3 * max(row["zero"] for row in rows)  # least squares has no mean at d examples
+    axes.set(xlabel="examples seen", ylabel="squared error", ylim=(None, top))
+    if len(rows) > 1:
+        axes.set_xlim(x[0], x[-1])
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
 def plot_lengths(found: Mapping[int, Mapping[str, Any]], trained: int, path: Path) -> None:
     """The headline against the length, and recall by length and depth (or distance) as a heat map;
     by length what `kinds.Kind.probe` gives. Writes a PNG."""

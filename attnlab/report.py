@@ -123,9 +123,11 @@ def write_report(
                     ("bits per byte", "bits_per_byte"),
                     ("perplexity per token", "token_perplexity"),
                     ("perplexity per word", "word_perplexity"),
+                    ("perplexity per word, line ends counted", "word_perplexity_eos"),
                     ("tokens", "tokens"),
                     ("bytes", "bytes"),
                     ("words", "words"),
+                    ("lines", "lines"),
                     ("documents", "documents"),
                 )
             ],

@@ -162,6 +162,8 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
         note = "Bits per token of held-out text, by tokens in sight, from the number above on."
         found.append(Section("Does more context help?", note, ["mechanism", *head], rows))
     found += _answered(done)
+    if learnt := [e for e in done if "by_examples" in e["test"]]:
+        found.append(_examples(learnt))
     if planted:
         about = planted[0]["needle"]
         distances = [f"{row['distance']:,}" for row in about["distances"]]
@@ -205,14 +207,27 @@ def _answered(done: Sequence[Mapping[str, Any]]) -> list[Section]:
     return found
 
 
+def _examples(entries: Sequence[Mapping[str, Any]]) -> Section:
+    """Squared errors by the number of examples seen, powers of two, beside the least possible."""
+    curves = [(e["label"], e, "model") for e in entries] + [("ridge", entries[0], "ridge")]
+    rows, head = [], []
+    for label, entry, key in curves:
+        seen = [row for row in entry["test"]["by_examples"] if row["low"].bit_count() < 2]
+        head = ["mechanism", *(f"{row['low']:,}" for row in seen)]
+        rows.append([label, *(f"{row[key]:.4f}" for row in seen)])
+    note = "Squared error by examples seen; ridge with the true prior has the least there is."
+    return Section("Do more examples help?", note, head, rows)
+
+
 MEANING = (
     "Bits per byte of held-out documents, lower is better; the interval is a bootstrap over "
     "documents, which moves together for all. Accuracy: share of the answers of held-out rows that "
-    "are right, with an interval over rows. Recall: share of the second half of a planted "
-    "random string that is predicted right, at the nearest and the farthest distance. Tokens per "
-    "second: median over training steps. Peak memory: of the device, or of the whole process "
-    "on a CPU. Attention FLOPs: per training token, forward and backward, counted. Decoding: "
-    "bytes of state for one sequence of the training length. The last column is the declared "
+    "are right; normalised squared error: that of the model over that of predicting 0; both with "
+    "an interval over rows. Recall: share of the second half of a planted random string that is "
+    "predicted right, at the nearest and the farthest distance. Tokens per second: median over "
+    "training steps. Peak memory: of the device, or of the whole process on a CPU. "
+    "Attention FLOPs: per training token, forward and backward, counted. Decoding: bytes "
+    "of state for one sequence of the training length. The last column is the declared "
     "growth in the length N."
 )
 
@@ -234,7 +249,8 @@ def _page(result: Mapping[str, Any], folder: Path) -> list[str]:
         "<h2>Quality against cost</h2>",
         image(folder / "costs.png"),
     ]
-    pictures = {"Does": "context.png", "How": "context.png", "Recall": "recall.png"}
+    curves = dict.fromkeys(("Do", "Does", "How"), "context.png")
+    pictures = {**curves, "Recall": "recall.png"}
     for section in sections(result):
         body.append(f"<h2>{section.title}</h2>")
         if picture := pictures.get(section.title.partition(" ")[0]):

@@ -23,6 +23,7 @@ class Headline(NamedTuple):
 HEADLINES = (
     Headline("bits_per_byte", "bits per byte", False),
     Headline("accuracy", "accuracy", True),
+    Headline("normalised_squared_error", "normalised squared error", False),
 )
 
 
@@ -45,6 +46,7 @@ class Scores:
     documents: list[tuple[str, float, int]] = field(default_factory=list)  # name, nats, bytes
     tokens: int = 0
     words: int = 0
+    lines: int = 0
     by_context: np.ndarray = field(init=False)
     counts: np.ndarray = field(init=False)
 
@@ -74,7 +76,7 @@ class Scores:
 
     def summary(self) -> dict[str, Any]:
         """What `attnlab.evaluate` defines; the interval is a bootstrap over documents."""
-        nats, size = self.nats, self.bytes
+        nats, size, units = self.nats, self.bytes, self.words + self.lines
         if not size:
             raise DataError("nothing to score: the split holds no bytes")
         return {
@@ -82,10 +84,12 @@ class Scores:
             "bits_per_byte_95": self._interval(),
             "token_perplexity": _exp(nats / self.tokens),
             "word_perplexity": _exp(nats / self.words) if self.words else None,
+            "word_perplexity_eos": _exp(nats / units) if units else None,
             "nats": nats,
             "tokens": self.tokens,
             "bytes": size,
             "words": self.words,
+            "lines": self.lines,
             "documents": len(self.documents),
             "loss_by_context": self._curve(),
         }

@@ -13,7 +13,7 @@ from attnlab.carry import hand_on, nothing_read, resume
 from attnlab.core import Array
 from attnlab.cross_entropy import cross_entropy
 from attnlab.leaves import all_finite
-from attnlab.model import Classifier, Extras, Transformer
+from attnlab.model import Classifier, Extras, Regressor, Transformer
 from attnlab.pointer import PointerNetwork, Trainable
 from attnlab.statistics import advance, merge, split
 
@@ -49,6 +49,9 @@ def blank(model: Trainable, rows: int, length: int) -> dict[str, Array]:
     batch = {name: zeros for name in ("tokens", "targets", "pos", "seg")}
     if isinstance(model, Classifier):
         batch["targets"] = zeros[:, 0]
+    if isinstance(model, Regressor):
+        batch["tokens"] = jnp.zeros((rows, length, model.features))
+        batch["targets"] = jnp.zeros((rows, length))
     if isinstance(model, PointerNetwork):
         batch["tokens"] = jnp.zeros((rows, length, 2))
         batch["targets"] = jnp.zeros((rows, model.outputs.steps(length)), jnp.int32)
@@ -67,9 +70,9 @@ def init_state(
 
 
 class Losses(NamedTuple):
-    """``nll`` f32, of the shape of the targets: negative log-likelihood of each in nats, 0 where is
-    none; ``balance``: the sum of the mechanisms' own loss terms; ``extras`` as the model gives
-    them."""
+    """``nll`` f32, of the shape of the targets: negative log-likelihood of each in nats, or the
+    squared error of a real one, 0 where is none; ``balance``: the sum of the mechanisms' own loss
+    terms; ``extras`` as the model gives them."""
 
     nll: Array
     balance: Array
@@ -83,11 +86,11 @@ def losses_of(
     *args: Any,
     **options: Any,
 ) -> Losses:
-    """`token_losses`, `class_losses` or `pointer_losses`, by the model."""
-    if isinstance(model, PointerNetwork):
-        return pointer_losses(model, params, batch, *args, **options)
-    losses = class_losses if isinstance(model, Classifier) else token_losses
-    return losses(model, params, batch, *args, **options)  # pyright: ignore[reportArgumentType]
+    """Those of the function that belongs to the model."""
+    of_kind = {Classifier: class_losses, PointerNetwork: pointer_losses, Regressor: value_losses}
+    found = (losses for kind, losses in of_kind.items() if isinstance(model, kind))
+    losses: Any = next(found, token_losses)
+    return losses(model, params, batch, *args, **options)
 
 
 def class_losses(
@@ -124,6 +127,17 @@ def token_losses(
     return Losses(jnp.where(predicted(batch), nll, 0.0), _balance(extras), extras)
 
 
+def value_losses(
+    model: Regressor, params: Any, batch: dict[str, Array], memory: Any = None, **options: Any
+) -> Losses:
+    """As `token_losses`, of real targets, NaN where is none: squared errors [B N]."""
+    tokens = (batch[name] for name in ("tokens", "pos", "seg"))
+    out: Any = model.apply({"params": params}, *tokens, memory, **options)
+    asked = predicted(batch)
+    error = out[0] - jnp.where(asked, batch["targets"], 0.0)
+    return Losses(jnp.where(asked, jnp.square(error), 0.0), _balance(out[1]), out[1])
+
+
 def _balance(extras: Extras) -> Array:
     losses = (aux["loss"] for aux in extras.aux if aux and "loss" in aux)
     return sum(losses, jnp.zeros(()))
@@ -131,7 +145,9 @@ def _balance(extras: Extras) -> Array:
 
 def predicted(batch: dict[str, Array]) -> Array:
     """Which targets there are: bool, as the targets; of tokens [B N] none in an empty slot."""
-    given, full = batch["targets"] >= 0, batch["seg"] >= 0
+    targets, full = batch["targets"], batch["seg"] >= 0
+    real = jnp.issubdtype(targets.dtype, jnp.floating)
+    given = ~jnp.isnan(targets) if real else targets >= 0
     return given & full if given.shape == full.shape else given
 
 

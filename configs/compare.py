@@ -6,8 +6,7 @@ Keys after the colon: machine (cpu: 2,048 bytes, 0.46 M parameters; gpu: 8,192 b
 parameters, bfloat16), position, corpus.
 """
 
-from attnlab.config import base, parse_arg
-from attnlab.errors import UserError, did_you_mean
+from attnlab.config import base, parse_arg, pick
 
 
 def get_config(arg: str | None = None):
@@ -20,10 +19,7 @@ def get_config(arg: str | None = None):
     config.train.log_every = 5
     config.train.keep = 1
     config.sample.temperature = 0.8
-    sizes = {"cpu": _cpu, "gpu": _gpu}
-    if chosen.machine not in sizes:
-        raise UserError(f"machine={chosen.machine}: {did_you_mean(chosen.machine, sizes)}")
-    sizes[chosen.machine](config)
+    pick("machine", chosen.machine, {"cpu": _cpu, "gpu": _gpu})(config)
     config.task.corpus = chosen.corpus or config.task.corpus
     return config
 

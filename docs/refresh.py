@@ -40,9 +40,10 @@ def parts() -> dict[str, str]:
         "table:mechanisms": mechanism_table(),
         "table:positions": position_table(),
         "table:normalisers": normaliser_table(),
-        "table:configs": config_table(),
         "table:corpora": corpus_table("task.corpus", CORPORA),
         "table:labelled": corpus_table("task.source", LABELLED),
+        "table:configs": config_table("configs"),
+        "table:papers": config_table("configs/papers"),
         "table:tasks": task_table(),
         "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
         "code:dilated": f"```python\n{example}```",
@@ -80,12 +81,12 @@ def normaliser_table() -> str:
     return table(("`normaliser=`", "options", ""), rows)
 
 
-def config_table() -> str:
-    """Every config file and the first line of its docstring."""
+def config_table(folder: str) -> str:
+    """Every config file of a folder and the first line of its docstring."""
     rows = []
-    for path in sorted((ROOT / "configs").glob("*.py")):
+    for path in sorted((ROOT / folder).glob("*.py")):
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        rows.append((f"`configs/{path.name}`", about.partition("\n")[0]))
+        rows.append((f"`{folder}/{path.name}`", about.partition("\n")[0]))
     return table(("`--config=`", ""), rows)
 
 

@@ -22,6 +22,7 @@ from attnlab.config import (
 )
 from attnlab.core import mechanisms, normalisers, positions
 from attnlab.errors import UserError
+from attnlab.limits import validate
 from attnlab.overrides import load, override
 
 
@@ -251,3 +252,12 @@ def test_config_files_hold_their_promises():
     assert (lm.task.length, lm.task.corpus) == (64, "sympy")
     assert load("configs/laptop.py:attention=window").attention.name == "window"
     assert configs.CHOICES.keys() <= kinds(base()).keys()
+
+
+@pytest.mark.parametrize("length", [1024 * 2**n for n in range(7)])
+def test_books_are_read_at_many_lengths_with_as_many_bytes_a_step(length):
+    config = load(f"configs/books.py:length={length},attention=window+softmax")
+    validate(config)
+    assert config.task.length * config.task.batch == 65_536
+    assert config.task.length == length
+    assert load("configs/books.py:attention=transformer_xl").task.packing == "stream"

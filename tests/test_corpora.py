@@ -9,9 +9,10 @@ import zipfile
 import pytest
 
 from attnlab.data import readers
-from attnlab.data.corpora import CORPORA, Corpus, Files, PythonSources, find_source
+from attnlab.data.corpora import CORPORA, Corpus, Files, Placed, PythonSources, find_source
 from attnlab.data.fetch import FetchError, fetch
-from attnlab.errors import DataError, UserError
+from attnlab.data.splits import split_bytes
+from attnlab.errors import DataError, MissingError, UserError
 
 
 def test_kjv_is_the_pinned_archive_read_as_66_books(tmp_path, monkeypatch):
@@ -114,3 +115,30 @@ def test_every_pinned_corpus_names_its_licence_and_a_full_checksum():
         if isinstance(source, Corpus):
             assert len(source.archive.sha256) == 64
             assert source.archive.version in source.archive.filename
+
+
+def test_a_benchmark_is_read_from_the_folder_it_is_unpacked_into(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNLAB_DATA", str(tmp_path))
+    bench = Placed("bench", "http://there/bench.zip", "*.txt", "free", "a benchmark", size=5)
+    with pytest.raises(MissingError, match=r"bench is on no package index; download http://there/"):
+        bench.fingerprint()
+    inner = bench.folder / "inner"
+    inner.mkdir(parents=True)
+    assert bench.folder.is_relative_to(tmp_path)
+    (inner / "test.txt").write_bytes(b"abc")
+    with pytest.raises(DataError, match="holds 3 bytes, not 5; download http://there/"):
+        list(bench.documents())
+    (inner / "train.txt").write_bytes(b"de")
+    assert list(bench.documents()) == [("test.txt", b"abc"), ("train.txt", b"de")]
+    assert bench.fingerprint() == Files(f"{inner}/*").fingerprint()
+
+
+def test_benchmarks_of_one_file_are_cut_where_the_papers_cut_them():
+    for name in ("enwik8", "text8"):
+        bench = CORPORA[name]
+        assert isinstance(bench, Placed)
+        assert split_bytes(bench.size) == {
+            "train": (0, 90_000_000),
+            "validation": (90_000_000, 95_000_000),
+            "test": (95_000_000, 100_000_000),
+        }

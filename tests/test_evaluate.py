@@ -40,7 +40,7 @@ class Documents(NamedTuple):
     def documents(self, split):
         for number, text in enumerate(self.texts):
             ids = np.frombuffer(text, np.uint8).astype(np.int32)
-            yield Evaluated(str(number), ids, len(text), len(text.split()))
+            yield Evaluated(str(number), ids, len(text), len(text.split()), text.count(b"\n"))
 
     def info(self):
         return {"corpus": "documents"}
@@ -207,6 +207,41 @@ def test_bits_and_perplexities_are_one_number_in_three_units(network):
     assert sum(row["tokens"] for row in result["loss_by_context"]) == result["tokens"]
     lows = [row["low"] for row in result["loss_by_context"]]
     assert lows == [0, 1, 2, 4, 8]
+
+
+PAGE = b" = Valkyria = \n \n The game <unk> of @-@ war ,\twon\n"
+"""Pre-tokenised text: 3 words, none and 8, and 3 line ends."""
+
+
+def test_perplexities_per_word_are_those_of_a_hand_count(network):
+    model, params = network
+    flat = jax.tree.map(jnp.zeros_like, params)
+    texts = [PAGE, b"two words"]
+    result = score(model, flat, Documents(texts), "test", length=8, stride=8).summary()
+    assert (result["words"], result["lines"]) == (3 + 8 + 2, 3)
+    nats = (len(PAGE) + 1 + len(b"two words") + 1) * math.log(257)
+    assert result["word_perplexity"] == pytest.approx(math.exp(nats / 13), rel=1e-4)
+    assert result["word_perplexity_eos"] == pytest.approx(math.exp(nats / 16), rel=1e-4)
+    first = " = Valkyria = \n \n The gam"
+    part = score(
+        model, flat, Documents(texts), "test", length=8, stride=8, tokens=len(first)
+    ).summary()
+    assert (part["words"], part["lines"]) == (3 + 2, 2)
+
+
+def test_a_perplexity_per_word_does_not_depend_on_the_tokenizer():
+    """The same nats in one or two tokens are the same per word, and not per token."""
+    by_tokens = []
+    for tokens in (100, 200):
+        scores = Scores(4)
+        scores.documents, scores.tokens = [("a", 300.0, 500)], tokens
+        scores.words, scores.lines = 90, 10
+        by_tokens.append(scores.summary())
+    for name in ("word_perplexity", "word_perplexity_eos", "bits_per_byte"):
+        assert by_tokens[0][name] == by_tokens[1][name]
+    assert by_tokens[0]["token_perplexity"] == pytest.approx(math.exp(3))
+    assert by_tokens[0]["word_perplexity_eos"] == pytest.approx(math.exp(3))
+    assert by_tokens[1]["token_perplexity"] == pytest.approx(math.exp(1.5))
 
 
 @pytest.mark.parametrize("limit", [1, 18, 19, 60, 10_000])

@@ -127,6 +127,17 @@ def test_what_no_device_can_hold_is_refused(corpus, capsys, monkeypatch):
     assert "warning" in capsys.readouterr().out
 
 
+def test_a_plan_is_made_without_the_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ATTNLAB_DATA", str(tmp_path))
+    for tokenizer, ids in (("bytes", 257), ("bpe:300", 300)):
+        plan(small("softmax", "task.corpus=enwik8", f"task.tokenizer={tokenizer}"))
+        out = capsys.readouterr().out
+        assert "missing: corpus enwik8 is on no package index" in out
+        assert f"embedding {32 * ids:,}" in out
+    with pytest.raises(UserError, match="no tokenizer 'byte'"):
+        plan(small("softmax", "task.corpus=enwik8", "task.tokenizer=byte"))
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0 "), (999, "999 "), (1234, "1.23 k"), (999_900, "1 M"), (29.51e6, "29.5 M")],

@@ -161,6 +161,22 @@ def test_one_or_two_files_are_split_by_bytes_and_it_is_said(tmp_path, monkeypatc
     assert joined == bytes(range(100))
 
 
+def test_documents_whose_names_say_their_split_are_in_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ATTNLAB_DATA", str(tmp_path / "data"))
+    for split in ("train", "valid", "test"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "set" / split / f"{number}.txt").write_text(f"{split} {number}")
+    text = open_corpus(Files(f"{tmp_path}/set/**/*.txt"))
+    assert "every document is in the split that its name says" in capsys.readouterr().err
+    bodies = {name: [body for _, body in split] for name, split in text.splits.items()}
+    assert bodies == {
+        "train": [b"train 0", b"train 1"],
+        "validation": [b"valid 0", b"valid 1"],
+        "test": [b"test 0", b"test 1"],
+    }
+
+
 def test_empty_files_are_reported_and_left_out(corpus, tmp_path, capsys):
     (tmp_path / "files" / "empty.txt").write_bytes(b"")
     assert contents(open_corpus(corpus)) == NASTY

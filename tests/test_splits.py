@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnlab.data.splits import SPLITS, digest, split_bytes, split_documents
+from attnlab.data.splits import SPLITS, digest, read_splits, split_bytes, split_documents
 from attnlab.errors import DataError
 
 
@@ -51,3 +51,27 @@ def test_byte_ranges_cover_a_document_without_overlap(size):
     assert ranges[-1][1] == size
     assert all(start < stop for start, stop in ranges)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+
+
+def test_names_that_say_their_split_are_believed():
+    said = {"train/1.txt": "train", "valid/1.txt": "validation", "a/b/test/2.txt": "test"}
+    assert read_splits(said) == said
+    tokens = {
+        f"wiki.{word}.tokens": split for word, split in zip(("train", "valid", "test"), SPLITS)
+    }
+    assert read_splits(tokens) == tokens
+    assert read_splits(["train.txt", "validation.txt", "test.txt"]) is not None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [],
+        ["train/1", "valid/1", "test/1", "other/1"],
+        ["train/1", "test/1"],
+        ["train/test.py", "valid/1", "test/1"],
+        ["training/1", "valid/1", "test/1"],
+    ],
+)
+def test_names_that_do_not_all_say_one_say_nothing(names):
+    assert read_splits(names) is None

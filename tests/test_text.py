@@ -203,8 +203,8 @@ def test_naming_tasks_and_corpora_imports_nothing_heavy():
 def test_documents_are_given_whole_with_their_counts():
     task = make()
     found = list(task.documents("test"))
-    assert [ids.tolist() for _, ids, _, _ in found] == [list(d) for d in DOCUMENTS]
-    assert [(name, size) for name, _, size, _ in found] == [
+    assert [each.tokens.tolist() for each in found] == [list(d) for d in DOCUMENTS]
+    assert [(each.doc_id, each.n_bytes) for each in found] == [
         (f"d{n}", len(d)) for n, d in enumerate(DOCUMENTS)
     ]
     assert found[0].n_words == 3

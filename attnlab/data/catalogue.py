@@ -20,7 +20,7 @@ from attnlab.data.places import announce, data_dir, read_json, storage_errors, w
 from attnlab.data.prepared import Progress
 from attnlab.data.splits import HELD_OUT, SPLITS
 from attnlab.data.textset import Index, TextSet, TextSplit, record_reader
-from attnlab.errors import DataError, UserError
+from attnlab.errors import DataError, MissingError, UserError
 
 TEXT_NAMES = ("text", "book_text", "document", "article", "content")
 NAME_FEATURES = ("doc_id", "book_id", "id", "title")
@@ -88,7 +88,7 @@ def find_directory(named: str) -> Path:
         if configs:
             listed = " or ".join(f"tfds:{name}/{config}" for config in configs)
             raise UserError(f"tfds:{name} has configs; write {listed}")
-    raise DataError(f"tfds:{named} is not prepared under {home}; {how_to_prepare(name)}")
+    raise MissingError(f"tfds:{named} is not prepared under {home}; {how_to_prepare(name)}")
 
 
 def version_key(directory: Path) -> tuple:

@@ -1,4 +1,5 @@
-"""Where text comes from: pinned corpora by name, this environment's sources, the user's files.
+"""Where text comes from: pinned corpora and benchmarks by name, this environment's sources, the
+user's files.
 
 A source is anything with a name, a licence, a description, a `fingerprint()` that changes exactly
 when its documents change, and `documents()`, an iterator of (document name, bytes) in fixed order.
@@ -15,8 +16,9 @@ from typing import Protocol
 
 from attnlab.data import readers
 from attnlab.data.fetch import Archive, fetch
+from attnlab.data.places import data_dir
 from attnlab.data.readers import Document
-from attnlab.errors import DataError, UserError, did_you_mean
+from attnlab.errors import DataError, MissingError, UserError, did_you_mean
 
 
 class Source(Protocol):
@@ -66,11 +68,11 @@ class Files:
         return f"text:{self.pattern}"
 
     def paths(self) -> list[Path]:
-        """Matching files in sorted order. Raises `DataError` when there is none."""
+        """Matching files in sorted order. Raises `MissingError` when there is none."""
         pattern = os.path.expanduser(self.pattern)
         paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
         if not paths:
-            raise DataError(
+            raise MissingError(
                 f"no file matches {self.pattern!r} in {Path.cwd()}; give a path or a quoted "
                 "pattern such as 'text:books/**/*.txt'"
             )
@@ -92,6 +94,45 @@ class Files:
                 yield Path(os.path.relpath(path, home)).as_posix(), path.read_bytes()
             except OSError as error:
                 raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A benchmark that no package index has: files that the user unpacks into `folder`. Where their
+    ``size`` in bytes is known (not 0), no others are taken for them."""
+
+    name: str
+    address: str
+    pattern: str
+    licence: str
+    description: str
+    size: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are looked for, at any depth."""
+        return data_dir() / "placed" / self.name
+
+    def files(self) -> Files:
+        """The files in their place. Raises `MissingError` when there is none, `DataError` when
+        they are not those that were published."""
+        files = Files(f"{glob.escape(str(self.folder))}/**/{self.pattern}")
+        mend = f"download {self.address} and unpack it into {self.folder}"
+        try:
+            size = sum(path.stat().st_size for path in files.paths())
+        except MissingError:
+            raise MissingError(f"corpus {self.name} is on no package index; {mend}") from None
+        if self.size and size != self.size:
+            raise DataError(f"{self.folder} holds {size:,} bytes, not {self.size:,}; {mend}")
+        return files
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and contents."""
+        return self.files().fingerprint()
+
+    def documents(self) -> Iterator[Document]:
+        """The published files, each one document."""
+        return self.files().documents()
 
 
 PACKAGES = ("jax", "numpy", "flax", "optax", "orbax", "grain", "ml_collections", "etils")
@@ -196,7 +237,36 @@ _PINNED = (
     ),
 )
 
-CORPORA: dict[str, Source] = {c.name: c for c in (*_PINNED, PythonSources())}
+_PLACED = (
+    Placed(
+        "enwik8",
+        "http://mattmahoney.net/dc/enwik8.zip",
+        "enwik8",
+        "CC BY-SA and GFDL",
+        "first 10^8 bytes of the English Wikipedia of 2006, XML; placed by hand",
+        10**8,
+    ),
+    Placed(
+        "text8",
+        "http://mattmahoney.net/dc/text8.zip",
+        "text8",
+        "CC BY-SA and GFDL",
+        "10^8 letters and blanks of the same, markup taken out; placed by hand",
+        10**8,
+    ),
+    Placed(
+        "wikitext103",
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip",
+        "wiki.*.tokens",
+        "CC BY-SA",
+        "103 M words of good Wikipedia articles with their own splits; placed by hand",
+    ),
+)
+"""enwik8 and text8 are one document each, so that `splits.split_bytes` cuts them as published: 90,
+5 and 5 million bytes. Addresses as in getdata.sh of Transformer-XL."""
+
+_ALL: tuple[Source, ...] = (*_PINNED, PythonSources(), *_PLACED)
+CORPORA = {corpus.name: corpus for corpus in _ALL}
 
 
 def find_source(spec: str) -> Source:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnlab.data.places import announce, building, data_dir, file_sha256, storage_errors
-from attnlab.errors import DataError
+from attnlab.errors import MissingError
 
 STAND_IN = '''"""A build backend that only names the archive."""
 import os
@@ -35,7 +35,7 @@ __legacy__ = Backend()
 '''
 
 
-class FetchError(DataError):
+class FetchError(MissingError):
     """The archive is out of reach; nothing on this machine is damaged."""
 
 

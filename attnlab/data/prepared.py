@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import numpy as np
 from attnlab.data.corpora import Source
 from attnlab.data.places import MANIFEST, announce, data_dir, publish, storage_errors, verify
 from attnlab.data.readers import Document
-from attnlab.data.splits import SPLITS, split_bytes, split_documents
+from attnlab.data.splits import SPLITS, read_splits, split_bytes, split_documents
 from attnlab.data.textset import CACHE_BYTES, Index, TextSet, TextSplit, record_reader
 from attnlab.errors import DataError
 
-LAYOUT = 2
+LAYOUT = 3
 
 
 def prepared_name(source: Source) -> str:
@@ -147,8 +148,11 @@ def measure(source: Source) -> tuple[dict[str, int], str]:
 def assign(source: Source, sizes: dict[str, int]) -> tuple[dict[str, Callable], list[str]]:
     """Split -> function that yields its documents, and the remarks worth repeating in reports."""
 
-    def whole(split: str) -> Callable[[], Iterator[Document]]:
-        return lambda: ((n, c) for n, c in source.documents() if placed.get(n) == split)
+    def whole(placed: dict[str, str]) -> dict[str, Callable[[], Iterator[Document]]]:
+        def documents(split: str) -> Iterator[Document]:
+            return ((n, c) for n, c in source.documents() if placed.get(n) == split)
+
+        return {split: partial(documents, split) for split in SPLITS}
 
     def part(split: str) -> Callable[[], Iterator[Document]]:
         return lambda: (
@@ -157,9 +161,12 @@ def assign(source: Source, sizes: dict[str, int]) -> tuple[dict[str, Callable], 
             if content
         )
 
+    if said := read_splits(sizes):
+        note = f"{source.name}: every document is in the split that its name says"
+        announce(note)
+        return whole(said), [note]
     if len(sizes) >= len(SPLITS):
-        placed = split_documents(sizes)
-        return {split: whole(split) for split in SPLITS}, []
+        return whole(split_documents(sizes)), []
     for size in sizes.values():
         split_bytes(size)
     note = (

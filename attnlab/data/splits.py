@@ -1,13 +1,32 @@
-"""Which document trains and which is held out: by document, decided by names alone."""
+"""Which document trains and which is held out: by document, decided by names alone: by what they
+say, or else by their hashes."""
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from attnlab.errors import DataError
 
 HELD_OUT = 0.05
 TOO_LARGE = 2 * HELD_OUT
 SPLITS = ("train", "validation", "test")
+SAID = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
+"""Words of a name -> the split that they mean."""
+
+
+def read_splits(names: Iterable[str]) -> dict[str, str] | None:
+    """Document name -> split where every name says one, as ``train/1.txt`` and
+    ``wiki.valid.tokens`` do, and every split is said; else None.
+
+    A name is cut at ``/`` and ``.``; one with words of several splits says none.
+    """
+    found = {}
+    for name in names:
+        said = {SAID[word] for word in re.split(r"[/.]", name) if word in SAID}
+        if len(said) != 1:
+            return None
+        found[name] = said.pop()
+    return found if set(found.values()) == set(SPLITS) else None
 
 
 def split_documents(sizes: Mapping[str, int]) -> dict[str, str]:

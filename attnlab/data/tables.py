@@ -1,6 +1,6 @@
 """What ``attnlab data list | get NAME | info NAME`` prints."""
 
-from attnlab.data.corpora import CORPORA, Corpus
+from attnlab.data.corpora import CORPORA, Corpus, Placed
 from attnlab.data.labelled import LABELLED, open_labelled
 from attnlab.data.places import data_dir
 from attnlab.tasks.text import open_text
@@ -10,8 +10,11 @@ def run_list() -> None:
     """Every corpus and labelled set, where it comes from and its licence."""
     rows = [("corpus", "source", "licence", "what")]
     for name, source in [*CORPORA.items(), *LABELLED.items()]:
-        archive = source.archive if isinstance(source, Corpus) else None
-        origin = f"{archive.distribution} {archive.version}" if archive else "this environment"
+        origin = "this environment"
+        if isinstance(source, Placed):
+            origin = source.address.rpartition("/")[2]
+        elif isinstance(source, Corpus):
+            origin = f"{source.archive.distribution} {source.archive.version}"
         labelled = "labelled: " * (name in LABELLED)
         rows.append((name, origin, source.licence, labelled + source.description))
     rows.append(("text:GLOB", "own files", "your own", "every matching file is one document"))

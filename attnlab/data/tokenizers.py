@@ -86,10 +86,23 @@ def make_tokenizer(spec: str, text: TextSet) -> Tokenizer:
     """
     if spec == ByteTokenizer.name:
         return ByteTokenizer()
-    if spec.startswith("bpe:"):
-        from attnlab.data.bpe import open_bpe
+    size_of(spec)
+    from attnlab.data.bpe import open_bpe
 
-        return open_bpe(spec, text)
+    return open_bpe(spec, text)
+
+
+def size_of(spec: str) -> int:
+    """How many ids a tokenizer has, which is known without its corpus.
+
+    Raises `UserError` as `make_tokenizer`.
+    """
+    if spec == ByteTokenizer.name:
+        return ByteTokenizer.vocab_size
+    if spec.startswith("bpe:"):
+        from attnlab.data.bpe import parse_size
+
+        return parse_size(spec)
     raise UserError(f"no tokenizer {spec!r}; known: bytes, bpe:SIZE such as bpe:4096")
 
 

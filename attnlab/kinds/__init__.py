@@ -22,7 +22,8 @@ class Kind(ABC):
 
     @abstractmethod
     def make_model(self, config: ConfigDict, task: Any) -> Any:
-        """The model that learns the task."""
+        """The model that learns the task; where the data of a text are missing (None), one of the
+        same size."""
 
     @abstractmethod
     def open(self, config: ConfigDict, path: Path) -> tuple[Any, Any]:

@@ -21,6 +21,8 @@ class Text(Kind):
     has_text = True
 
     def make_model(self, config: ConfigDict, task: Any) -> Any:
+        if task is None:
+            return model_of(config, tokenizers.size_of(config.task.tokenizer))
         return model_of(config, task.vocab_size, task.tokenizer)
 
     def open(self, config: ConfigDict, path: Path) -> tuple[Any, Any]:

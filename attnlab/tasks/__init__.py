@@ -23,7 +23,8 @@ class Task(Protocol):
     def batch_size(self) -> int: ...
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """int32 [rows, N] each: tokens, targets (-1: none), pos, seg (-1: an empty slot). A row may
-        have targets of its own, [rows] or [rows, m], and its tokens be points, f32 [rows, N, 2]."""
+        have targets of its own, [rows] or [rows, m]; tokens that are vectors are f32 [rows, N, F],
+        and targets that are real f32, NaN for none."""
         ...
 
     def batches(

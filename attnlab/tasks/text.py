@@ -22,12 +22,14 @@ PACKINGS = {"packed": Packed, "stream": Stream}
 
 
 class Evaluated(NamedTuple):
-    """One held-out document: `tokens` without boundaries, its bytes and white-space words."""
+    """One held-out document: `tokens` without boundaries, its bytes, white-space words and line
+    ends."""
 
     doc_id: str
     tokens: np.ndarray
     n_bytes: int
     n_words: int
+    n_lines: int = 0
 
 
 class TextTask:
@@ -82,7 +84,8 @@ class TextTask:
         start = 0
         for (doc_id, content), end in zip(self.text[split], tokens.ends):
             ids = tokens.read(start, int(end)).astype(np.int32)
-            yield Evaluated(doc_id, ids, len(content), len(content.split()))
+            words, lines = len(content.split()), content.count(b"\n")
+            yield Evaluated(doc_id, ids, len(content), words, lines)
             start = int(end)
 
     def split_bytes(self, split: str) -> bytes:
