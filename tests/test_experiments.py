@@ -38,13 +38,23 @@ def test_dilution_lies_in_its_bands(monkeypatch):
     assert module.outside(rows, bands) == []
 
 
-@pytest.mark.parametrize("name", ["context", "extrapolation", "in_context_regression"])
+@pytest.mark.parametrize("name", ["context", "extrapolation"])
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
     found = results.get("models") or results["bits_per_byte"]
     for claim in claims:
         assert module.held(claim, found), claim
+
+
+def test_the_arena_lies_in_its_bands_and_its_tables_are_what_was_measured(monkeypatch):
+    module = load("long_range_arena", "measure.py", monkeypatch)
+    runs = read("long_range_arena", "results.json")["runs"]
+    expected = read("long_range_arena", "expected.json")
+    assert module.outside(runs, expected) == []
+    assert module.outside(runs, {"accuracy": {}}), "a run without a band is no claim"
+    text = module.README.read_text(encoding="utf-8")
+    assert module.written(text, runs, expected) == text
 
 
 def test_compared_runs_lie_in_their_bands(monkeypatch):
