@@ -26,7 +26,9 @@ holds; the parameters are updated after every batch, not every fourth after 60,0
 byte pairs; layers are pre-norm with RMSNorm and GELU; WikiText-103 has 32,768 subwords in place of
 adaptive words.
 
-``size=scaled``: byte-level on the King James Bible in the same proportions. SCALED_TIME
+``size=scaled``: byte-level on the King James Bible in the same proportions.
+Its time is not measured.
+
 Keys after the colon: data, size (published, scaled), corpus.
 """
 

@@ -18,7 +18,9 @@ chunks; layers are recomputed (`model.remat`), not reversible, and MLPs not cut 
 RMSNorm, GELU (ReLU there); a cosine in place of an inverse root; no dropout on attention.
 
 ``size=scaled``: byte-level on the King James Bible, sequences of 2,048 with 64 buckets and 64 keys
-of each, in 2 rounds. SCALED_TIME
+of each, in 2 rounds.
+Its time is not measured.
+
 Keys after the colon: size (published, scaled), corpus.
 """
 

@@ -23,7 +23,9 @@ positions are a bias per head in buckets up to 512 (`t5`), theirs vectors; SwiGL
 AdamW with a cosine in place of Adafactor with an inverse root; no dropout inside MLP and attention
 (0.4 on WikiText-103); WikiText-103 in 32,768 subwords with embeddings as wide as the model (256).
 
-``size=scaled``: byte-level on the King James Bible, 1,024 bytes in 8 clusters of 128. SCALED_TIME
+``size=scaled``: byte-level on the King James Bible, 1,024 bytes in 8 clusters of 128.
+Its time is not measured.
+
 Keys after the colon: data, size (published, scaled), corpus.
 """
 

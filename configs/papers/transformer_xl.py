@@ -25,7 +25,9 @@ that no gradient reaches their projections through it. WikiText-103 is read in 3
 of one embedding size, in place of 267,735 words with adaptive embeddings and softmax.
 
 ``size=scaled``: a third of the depth, three eighths of the width, byte-level on the King James
-Bible. SCALED_TIME
+Bible.
+Its time is not measured.
+
 Keys after the colon: data, model, size (published, scaled), corpus.
 """
 
