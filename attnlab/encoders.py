@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from attnlab import lstm
 from attnlab.core import Array, Mechanism, Normaliser, Position
-from attnlab.model import Architecture, Backbone, Extras
+from attnlab.model import Architecture, Extras, RealBackbone
 
 
 class Encoder(Protocol):
@@ -32,8 +32,8 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class TransformerEncoder:
-    """The network of `attnlab.model` without a causal mask. A token is (x, y, 1) times a table
-    [3 E]. With m the mean over the points, the decoder sets out from c = m U, h = tanh(m W).
+    """The network of `attnlab.model` without a causal mask, whose tokens are the points. With m the
+    mean over them, the decoder sets out from c = m U, h = tanh(m W).
 
     Without positions it does not know the order of the points: permuting them permutes the states.
     Source: the set of Vinyals et al., arXiv 1511.06391, read by the Transformer of 1706.03762.
@@ -45,15 +45,15 @@ class TransformerEncoder:
     normaliser: Normaliser
 
     @property
-    def backbone(self) -> Backbone:
+    def backbone(self) -> RealBackbone:
         a = dataclasses.replace(self.architecture, causal=False)
-        return Backbone(a, 3, self.mechanisms, self.position, self.normaliser)
+        return RealBackbone(a, 0, self.mechanisms, self.position, self.normaliser)
 
     def init(self, key: Array, points: Array, pos: Array, seg: Array) -> dict[str, Any]:
         layers, start = jax.random.split(key)
         width = self.architecture.width
         return {
-            "backbone": self.backbone.init(layers, _affine(points), pos, seg)["params"],
+            "backbone": self.backbone.init(layers, points, pos, seg)["params"],
             "start_kernel": jax.random.normal(start, (width, 2 * width)) * width**-0.5,
         }
 
@@ -61,7 +61,7 @@ class TransformerEncoder:
         self, params: Any, points: Array, pos: Array, seg: Array, **options: Any
     ) -> tuple[Array, lstm.State, Extras]:
         layers = {"params": params["backbone"]}
-        out: Any = self.backbone.apply(layers, _affine(points), pos, seg, **options)
+        out: Any = self.backbone.apply(layers, points, pos, seg, **options)
         x, extras = out
         x, full = x.astype(jnp.float32), (seg >= 0)[..., None]
         mean = jnp.sum(jnp.where(full, x, 0), 1) / jnp.maximum(jnp.sum(full, 1), 1)
@@ -86,8 +86,3 @@ class LstmEncoder:
         """``options`` (training, draws, taps) change nothing."""
         states, last = lstm.read(params["backbone"], points, seg >= 0)
         return states, last, Extras((), ())
-
-
-def _affine(points: Array) -> Array:
-    """(x, y, 1): a table times this is any affine map."""
-    return jnp.concatenate([points, jnp.ones_like(points[..., :1])], -1)

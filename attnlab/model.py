@@ -207,8 +207,7 @@ class Block(nn.Module):
 
 class Backbone(nn.Module):
     """Tokens [B N] to hidden states [B N width]; ``mechanisms`` has one entry per layer, and
-    ``marks`` one byte per token id, its ``unit`` (see `Mechanism.marked`), or none: all 0. A token
-    may also be a mixture of ids, with its weights: f32 [B N vocab_size]."""
+    ``marks`` one byte per token id, its ``unit`` (see `Mechanism.marked`), or none: all 0."""
 
     architecture: Architecture
     vocab_size: int
@@ -235,14 +234,13 @@ class Backbone(nn.Module):
     def units(self, tokens: Array) -> Array:
         """The ``unit`` of every token [B N]."""
         table = np.frombuffer(self.marks or bytes(self.vocab_size), np.uint8)
-        ids = tokens if tokens.ndim == 2 else jnp.zeros(tokens.shape[:2], jnp.int32)
-        return jnp.asarray(table, jnp.int32)[ids]
+        return jnp.asarray(table, jnp.int32)[tokens]
 
     @nn.compact
     def __call__(self, tokens, pos, seg, memory=None, *, train=False, taps=()):
         a = self.architecture
         shared = self.position_params if self.position.shared else None
-        x = self._embedded(tokens) * jnp.asarray(a.width**0.5, a.dtype)
+        x = self.embedding(tokens) * jnp.asarray(a.width**0.5, a.dtype)
         x = self.position.embed(shared or {}, x, pos)
         x = nn.Dropout(a.dropout, deterministic=not train)(x)
         memory = memory or (None,) * len(self.mechanisms)
@@ -258,13 +256,6 @@ class Backbone(nn.Module):
             after.append(past)
             aux.append(extra)
         return self.norm(x), Extras(tuple(after), tuple(aux))
-
-    def _embedded(self, tokens: Array) -> Array:
-        if tokens.ndim == 2:
-            return self.embedding(tokens)
-        table: Any = self.embedding.embedding
-        weights, table = (z.astype(self.architecture.dtype) for z in (tokens, table))
-        return projected(weights, table)
 
 
 class Transformer(nn.Module):
@@ -354,9 +345,6 @@ def _mean(x: Array, chosen: Array) -> Array:
 class RealBackbone(Backbone):
     """One whose tokens are vectors [B N F], read by a linear map. Its bias keeps a length in sight
     of the norms that follow; without it they would see directions alone."""
-
-    def _embedded(self, tokens: Array) -> Array:
-        return self.embedding(tokens)
 
     @nn.nowrap
     def read_in(self) -> nn.Module:
