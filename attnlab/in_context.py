@@ -21,12 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from attnlab.answers import FEWEST, ROWS
+from attnlab.answers import describe, held_out, length_of
 from attnlab.core import Array
-from attnlab.errors import UserError
-from attnlab.evaluate import Stopped
 from attnlab.model import Regressor
-from attnlab.sharding import put, spread
 from attnlab.tasks.regression import least_squares, ridge
 
 ORACLES = ("least_squares", "ridge", "zero")
@@ -61,37 +58,17 @@ def score_examples(
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """The scores of a split, as JSON; arguments and errors as `attnlab.answers.score_answers`."""
-    settings, trained = config.evaluate, config.task.length
-    length = length or settings.length or trained
-    if stride not in (0, length):
-        raise UserError(f"stride={stride}: rows of task {task.name} are scored whole; leave it out")
-    rows = max(1, tokens // length) if tokens else max(FEWEST, ROWS * trained // length)
-    batch, share = spread(max(1, min(rows, settings.batch * trained // length)), sharding)
+    length = length_of(task, config, length, stride)
     found: dict[str, list] = {name: [] for name in ("y", "model", *ORACLES)}
-    for number in itertools.count():
-        if number * batch >= rows:
-            break
-        if stop():
-            raise Stopped
-        drawn = task.draw(split, number, range(batch), length)
-        arrays = drawn
-        if sharding is not None:
-            arrays = put({name: z[share] for name, z in drawn.items()}, sharding)
+    for drawn, arrays, keep in held_out(task, config, split, length, tokens, sharding, stop):
         predicted = np.asarray(_predict(model, params, arrays, sharding), np.float64)
-        keep = min(batch, rows - number * batch)
         x, y = drawn["tokens"][:keep, 0::2, :-1], drawn["targets"][:keep, 0::2]
         made = least_squares(x, y), ridge(x, y, task.recipe.noise), np.zeros_like(y)
         for name, z in zip(found, (y, predicted[:keep, 0::2], *made)):
             found[name].append(z.astype(np.float64))
     y, *guesses = (np.concatenate(z) for z in found.values())
     return {
-        "task": task.name,
-        "split": split,
-        "step": step,
-        "length": length,
-        "trained_length": trained,
-        "dtype": config.model.dtype,
-        "average": bool(config.optimizer.ema),
+        **describe(task, config, split, step, length),
         **summarise(y, dict(zip(("model", *ORACLES), guesses))),
     }
 
