@@ -137,6 +137,22 @@ def test_rings_continue_what_the_engine_computes_after_many_turns(rounds, bucket
     assert_close(jnp.concatenate(outs, 1), whole)
 
 
+@pytest.mark.parametrize(("rounds", "buckets", "length"), [(2, 4, 3), (1, 2, 64)])
+def test_a_prompt_read_at_once_leaves_the_rings_that_single_tokens_leave(rounds, buckets, length):
+    N = 41
+    queries, keys, code = draw(N, rounds, buckets)
+    empty = rings.empty(Dims(0, H, G, D, E), B, rounds, buckets, length)
+    step = jax.jit(rings.attend)
+    out, filled = step(empty, queries, keys, Rule(), code)
+    state, outs = empty, []
+    for t in range(N):
+        part = jax.tree.map(lambda z, t=t: z[:, t : t + 1], (queries, keys))
+        one, state = step(state, *part, Rule(), code[..., t : t + 1])
+        outs.append(one)
+    jax.tree.map(np.testing.assert_array_equal, filled, state)
+    assert_close(jnp.concatenate(outs, 1), out)
+
+
 def test_later_buckets_do_not_move_a_bit_of_earlier_outputs():
     """Where a token stands in its tile, and so how its sums are rounded, is fixed by its past."""
     queries, keys, code = draw(64, 2, 4, documents=False)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import MASK, Array, Dims, Keys, Queries, Rule
-from attnlab.engines.bucketed import local_logits
+from attnlab.engines import bucketed, sorting
 
 
 class Rings(NamedTuple):
@@ -39,10 +39,61 @@ def empty(
 def attend(
     rings: Rings, queries: Queries, keys: Keys, rule: Rule, buckets: Array
 ) -> tuple[Array, Rings]:
-    """One token after the other: what `bucketed.attend` gives them by a plan of `sorting`, and
-    the rings with them in it. ``buckets`` [R B H N]; other shapes as there. Cost of a token:
-    O(R C (R C + D + E)), as what several rounds found shows by comparing all with all."""
-    queries, keys = queries.cleared(), keys.cleared()
+    """What `bucketed.attend` gives the tokens by `sorting.plan_runs`, and the rings with them in
+    it. ``buckets`` [R B H N]; other shapes as there.
+
+    A prompt, which finds the rings of all rows empty, is read at once, at the cost of the engine.
+    Later tokens are read one after the other, for O(R C (R C + D + E)) each, as what several rounds
+    found shows by comparing all with all.
+    """
+    args = rings, queries.cleared(), keys.cleared(), rule, buckets
+    if queries.pos.shape[1] == 1 or not rule.causal:
+        return _read_singly(*args)
+    return lax.cond(jnp.any(rings.written > 0), _read_singly, _read_whole, *args)
+
+
+def _read_whole(rings: Rings, queries: Queries, keys: Keys, rule: Rule, buckets: Array):
+    K, C = rings.pos.shape[3:]
+    plan, reach = sorting.plan_runs(buckets, K, C, queries, rule.causal)
+    out, _ = bucketed.attend(queries, keys, rule, plan, reach)
+    out = jnp.where((queries.seg >= 0)[..., None, None], out, 0)
+    return out, _fill(rings, keys, rule, buckets)
+
+
+def _fill(rings: Rings, keys: Keys, rule: Rule, buckets: Array) -> Rings:
+    """Empty rings with the newest tokens of a prompt in them, where `_write` puts them."""
+    B, H, R, K, C = rings.pos.shape
+    bucket = jnp.moveaxis(buckets, 0, 2)  # [B H R N]
+    bucket = jnp.where((keys.seg >= 0)[:, None, None], bucket, K)
+    order = jnp.argsort(bucket, -1, stable=True)
+    ends = sorting.search(jnp.take_along_axis(bucket, order, -1), jnp.arange(K + 1))
+    written = ends[..., 1:] - ends[..., :-1]
+    age = jnp.arange(C)  # the newest of a bucket is 0
+    there = age < written[..., None]  # [B H R K C]
+    token = jnp.where(there, ends[..., 1:, None] - 1 - age, 0)
+    token = jnp.take_along_axis(order, token.reshape(B, H, R, K * C), -1)
+    slot = (written[..., None] - 1 - age) % C  # each once
+    by_slot = jnp.argsort(slot, -1)
+    token, there = (
+        jnp.take_along_axis(z, by_slot, -1) for z in (token.reshape(there.shape), there)
+    )
+
+    def newest(z: Array) -> Array:
+        """[B N G X] or [B N] -> [B H R K C X] or [B H R K C]."""
+        z = z[:, :, None] if z.ndim == 2 else jnp.repeat(z, H // z.shape[2], 2)
+        z = jnp.broadcast_to(z, (*z.shape[:2], H, *z.shape[3:])).swapaxes(1, 2)
+        return jax.vmap(jax.vmap(lambda row, at: row[at]))(z, token)
+
+    def put(ring: Array, z: Array) -> Array:
+        where = there.reshape(*there.shape, *[1] * (z.ndim - there.ndim))
+        return jnp.where(where, z.astype(ring.dtype), ring)
+
+    k = rule.rotate(keys.k, keys.pos, "key")
+    filled = (put(ring, newest(z)) for ring, z in zip(rings, (k, keys.v, keys.pos, keys.seg)))
+    return Rings(*filled, written.astype(rings.written.dtype))
+
+
+def _read_singly(rings: Rings, queries: Queries, keys: Keys, rule: Rule, buckets: Array):
     H = queries.q.shape[2]
     q = rule.rotate(queries.q, queries.pos, "query")
     k = rule.rotate(keys.k, keys.pos, "key")
@@ -73,7 +124,7 @@ def _read(rings: Rings, rule: Rule, q, k, v, pos, seg, bucket) -> Array:
     seen = jax.vmap(rule.visible)(q_pos, q_seg, k_pos, k_seg)[:, :, 0]
     alike = (k_pos[..., :, None] == k_pos[..., None, :]) & seen[..., None, :]
     often = jnp.maximum(jnp.sum(alike, -1), 1).astype(jnp.float32)
-    z = local_logits(rule, q.swapaxes(0, 1)[:, :, None], keys, q_pos, k_pos)[:, :, 0]
+    z = bucketed.local_logits(rule, q.swapaxes(0, 1)[:, :, None], keys, q_pos, k_pos)[:, :, 0]
     z = jnp.where(seen, z - jnp.log(often), MASK)
     weight = jnp.where(seen, jnp.exp(z - jnp.max(z, -1, keepdims=True)), 0.0)
     total = jnp.sum(weight, -1, keepdims=True)
