@@ -115,7 +115,7 @@ def _share(runs: Mapping[str, Any], cell: str, field: str) -> str:
     """A share in per cent: of a cell, or of the first one of a task that was run."""
     found = [run for name, run in runs.items() if name == cell or name.startswith(f"{cell}/")]
     if not found:
-        return "not run"
+        return "" if field in ("root", "shallow") and cell != "listops" else "not run"
     return f"{100 * found[0][field]:.1f}" if field in found[0] else ""
 
 
