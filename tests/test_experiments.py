@@ -38,7 +38,7 @@ def test_dilution_lies_in_its_bands(monkeypatch):
     assert module.outside(rows, bands) == []
 
 
-@pytest.mark.parametrize("name", ["context", "extrapolation", "needle"])
+@pytest.mark.parametrize("name", ["context", "extrapolation", "needle", "pointer"])
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
