@@ -105,6 +105,29 @@ def plan(line: Line) -> int | None:
     return plan(config)
 
 
+def export(line: Line) -> int | None:
+    line.need("workdir", "runs/first")
+    line.need("to", "first.safetensors")
+    from attnlab.transfer import export_run
+
+    return export_run(**line.flags)
+
+
+def import_weights(line: Line) -> int | None:
+    if len(line.words) != 1:
+        raise UserError("import needs one file, for example attnlab import first.safetensors")
+    workdir = line.need("workdir", "runs/tuned")
+    from attnlab.overrides import load
+    from attnlab.tensors import open_tensors
+    from attnlab.transfer import config_of, import_file
+
+    source = open_tensors(line.words[0])
+    config = load(line.flags["config"]) if "config" in line.flags else config_of(source)
+    _change(config, line)
+    partial, command = line.flags.get("allow_partial", False), ["attnlab", *line.typed]
+    return import_file(source, workdir, config, allow_partial=partial, command=command)
+
+
 def list_known(line: Line) -> int | None:
     if len(line.words) > 1:
         raise UserError(f"list shows one thing at a time, not {' and '.join(line.words)}")
@@ -240,6 +263,24 @@ COMMANDS = {
         {**CONFIG, **WORKDIR},
         configured=True,
     ),
+    "export": Command(
+        export,
+        "Write the parameters of a run, with its config, to a .safetensors file.",
+        {**WORKDIR, "to": Flag("file to write", example="FILE.safetensors"), **STEP},
+    ),
+    "import": Command(
+        import_weights,
+        "Make a new run that begins with the parameters of a .safetensors file: attnlab train goes "
+        "on from it. The config is that of the file, or --config, which may name another mechanism "
+        "or task. Says what matched; nothing is ever cast.",
+        {
+            **CONFIG,
+            "workdir": Flag("directory of the new run", example="DIR"),
+            "allow_partial": Flag("begin although some names match nothing", bool),
+        },
+        "FILE.safetensors",
+        configured=True,
+    ),
     "list": Command(
         list_known,
         "What can be chosen, of all kinds or of one; or all about one NAME.",
@@ -334,8 +375,7 @@ def _of_attention(path: str) -> bool:
 
 def _config(line: Line):
     """The config of ``--config``, else that of the workdir, with the overrides, validated."""
-    from attnlab.limits import validate
-    from attnlab.overrides import load, override
+    from attnlab.overrides import load
     from attnlab.workdir import Workdir
 
     if "config" in line.flags or "workdir" not in line.flags:
@@ -343,10 +383,18 @@ def _config(line: Line):
     else:
         file = str(Workdir.existing(line.flags["workdir"]).path / "config.json")
     config = load(file)
+    _change(config, line)
+    return config
+
+
+def _change(config, line: Line) -> None:
+    """Sets what the line says of single fields, in place, and validates the whole."""
+    from attnlab.limits import validate
+    from attnlab.overrides import override
+
     for path, text in line.overrides:
         override(config, path, text)
     validate(config)
-    return config
 
 
 def _complain(message: str, code: int, debug: bool) -> int:
