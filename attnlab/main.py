@@ -71,6 +71,26 @@ def compare(line: Line) -> int | None:
     return compare(config, attention, workdir, own, ["attnlab", *line.typed])
 
 
+def sweep(line: Line) -> int | None:
+    if len(line.words) + ("config" in line.flags) > 1:
+        raise UserError("sweep takes one file of configs")
+    workdir = line.need("workdir", "runs/learning_rate")
+    file = line.words[0] if line.words else line.need("config", "configs/sweeps/learning_rate.py")
+    from attnlab.overrides import load_sweep, override
+
+    configs = load_sweep(file)
+    for config in configs:
+        for path, text in line.overrides:
+            override(config, path, text)
+    options = {k: v for k, v in line.flags.items() if k in ("workers", "slurm")}
+    import jax
+
+    from attnlab.sweep import sweep
+
+    jax.config.update("jax_platforms", "cpu")  # as for compare
+    return sweep(configs, workdir, command=["attnlab", *line.typed], **options)
+
+
 def needle(line: Line) -> int | None:
     line.need("workdir", "runs/first")
     from attnlab.needle import needle
@@ -212,6 +232,22 @@ COMMANDS = {
         },
         configured=True,
     ),
+    "sweep": Command(
+        sweep,
+        "Train every config of a list, which the get_config of a Python file returns, each in a "
+        "process and a directory of its own, and write a table. The same command goes on where it "
+        "was stopped and skips what is finished; what fails does not stop the rest. "
+        "With --slurm nothing is run or submitted: a script for a job array is written, and the "
+        "sbatch command for what is not finished is printed; its head may be edited and is kept.",
+        {
+            **CONFIG,
+            "workdir": Flag("directory of the sweep; each point has its own in it", example="DIR"),
+            "workers": Flag("processes at a time (default 1)", int, "K"),
+            "slurm": Flag("write a script for SLURM instead", bool),
+        },
+        "[FILE[:ARG]]",
+        configured=True,
+    ),
     "needle": Command(
         needle,
         "Plant a random string in held-out text and measure how well a run recalls it.",
@@ -292,7 +328,7 @@ COMMANDS = {
     ),
     "report": Command(
         report,
-        "Compare finished runs.",
+        "Compare finished runs, or the points of one sweep.",
         {"out": Flag("file to write", example="FILE")},
         "WORKDIR...",
     ),
