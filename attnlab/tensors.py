@@ -25,7 +25,7 @@ from attnlab.files import replacing
 
 SUFFIX = ".safetensors"
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib")
-HEADER = 1 << 22  # bytes, at most
+HEADER = 1 << 21  # bytes, at most: some 20,000 arrays, read in half a second
 NAME = 512  # characters, at most
 RANK = 32  # numpy before 2.0 has no more
 ARRAY = 1 << 48  # bytes, at most, its empty dimensions counted as 1
@@ -112,7 +112,7 @@ def open_tensors(path: str | Path) -> TensorFile:
     """Reads and checks the header of a file.
 
     Raises `UserError` for a path that is no such file, `DataError` for one that is not sound: too
-    short, a header of more than 4 MiB or that is no JSON, a name twice, a type or shape that cannot
+    short, a header of more than 2 MiB or that is no JSON, a name twice, a type or shape that cannot
     be, arrays that overlap, leave gaps or do not fill the file.
     """
     path = Path(path).expanduser()

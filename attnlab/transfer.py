@@ -43,6 +43,7 @@ from attnlab.workdir import Workdir
 TOKENIZER = "tokenizer.json"
 WIDEST = 1 << 20
 """Sizes of a model above this are not taken from a file."""
+CONFIG = 1 << 16  # characters of one in a file, at most
 
 
 class Fit(NamedTuple):
@@ -91,6 +92,8 @@ def config_of(source: TensorFile) -> ConfigDict:
         raise UserError(f"{source.path} holds no config of attnlab; give --config=FILE")
     where = f"{source.path}: its config"
     try:
+        if len(source.metadata["config"]) > CONFIG:
+            raise ValueError("it is too long")
         stored = json.loads(source.metadata["config"])
         named = [str(stored[path]["name"]) for path in REGISTRIES]
         if code := [name for name in named if ".py" in name or len(name) > NAME]:
@@ -209,7 +212,7 @@ def _read(source: TensorFile, fit: Fit) -> dict[str, jax.Array]:
     return arrays
 
 
-def _fill(state: State, arrays: Mapping[str, jax.Array], optimizer: Any) -> State:
+def _fill(state: State, arrays: dict[str, jax.Array], optimizer: Any) -> State:
     """The state with these parameters, its average and optimizer begun anew from them."""
     leaves = {path: leaf.value for path, leaf in flatten_state(state.params).items()} | arrays
     params = jax.tree.unflatten(jax.tree.structure(state.params), list(leaves.values()))
