@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -139,16 +138,19 @@ def test_every_point_is_trained_and_what_fails_stops_nothing(stand_in, capsys):
 def test_a_signal_stops_all_children_and_the_same_command_goes_on(stand_in):
     configs = rates(0.25, 0.125, 0.0625)
 
+    over = threading.Event()
+
     def interrupt():
-        deadline = time.monotonic() + 60
-        while not list(stand_in.glob("*/waits")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while not over.wait(0.01):
+            if list(stand_in.glob("*/waits")):
+                return os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert sweep(configs, stand_in) == 143
+    code = sweep(configs, stand_in)
+    over.set()
     thread.join()
+    assert code == 143
     assert [p["state"] for p in collect(stand_in)["points"]] == ["stopped", "pending", "pending"]
     assert sweep(configs, stand_in, workers=3) == 0
     assert [p["state"] for p in collect(stand_in)["points"]] == ["finished"] * 3
