@@ -71,6 +71,26 @@ def compare(line: Line) -> int | None:
     return compare(config, attention, workdir, own, ["attnlab", *line.typed])
 
 
+def sweep(line: Line) -> int | None:
+    if len(line.words) + ("config" in line.flags) > 1:
+        raise UserError("sweep takes one file of configs")
+    workdir = line.need("workdir", "runs/learning_rate")
+    file = line.words[0] if line.words else line.need("config", "configs/sweeps/learning_rate.py")
+    from attnlab.overrides import load_sweep, override
+
+    configs = load_sweep(file)
+    for config in configs:
+        for path, text in line.overrides:
+            override(config, path, text)
+    options = {k: v for k, v in line.flags.items() if k in ("workers", "slurm")}
+    import jax
+
+    from attnlab.sweep import sweep
+
+    jax.config.update("jax_platforms", "cpu")  # as for compare
+    return sweep(configs, workdir, command=["attnlab", *line.typed], **options)
+
+
 def needle(line: Line) -> int | None:
     line.need("workdir", "runs/first")
     from attnlab.needle import needle
@@ -103,6 +123,29 @@ def plan(line: Line) -> int | None:
     from attnlab.plan import plan
 
     return plan(config)
+
+
+def export(line: Line) -> int | None:
+    line.need("workdir", "runs/first")
+    line.need("to", "first.safetensors")
+    from attnlab.transfer import export_run
+
+    return export_run(**line.flags)
+
+
+def import_weights(line: Line) -> int | None:
+    if len(line.words) != 1:
+        raise UserError("import needs one file, for example attnlab import first.safetensors")
+    workdir = line.need("workdir", "runs/tuned")
+    from attnlab.overrides import load
+    from attnlab.tensors import open_tensors
+    from attnlab.transfer import config_of, import_file
+
+    source = open_tensors(line.words[0])
+    config = load(line.flags["config"]) if "config" in line.flags else config_of(source)
+    _change(config, line)
+    partial, command = line.flags.get("allow_partial", False), ["attnlab", *line.typed]
+    return import_file(source, workdir, config, allow_partial=partial, command=command)
 
 
 def list_known(line: Line) -> int | None:
@@ -189,6 +232,22 @@ COMMANDS = {
         },
         configured=True,
     ),
+    "sweep": Command(
+        sweep,
+        "Train every config of a list, which the get_config of a Python file returns, each in a "
+        "process and a directory of its own, and write a table. The same command goes on where it "
+        "was stopped and skips what is finished; what fails does not stop the rest. "
+        "With --slurm nothing is run or submitted: a script for a job array is written, and the "
+        "sbatch command for what is not finished is printed; its head may be edited and is kept.",
+        {
+            **CONFIG,
+            "workdir": Flag("directory of the sweep; each point has its own in it", example="DIR"),
+            "workers": Flag("processes at a time (default 1)", int, "K"),
+            "slurm": Flag("write a script for SLURM instead", bool),
+        },
+        "[FILE[:ARG]]",
+        configured=True,
+    ),
     "needle": Command(
         needle,
         "Plant a random string in held-out text and measure how well a run recalls it.",
@@ -240,6 +299,24 @@ COMMANDS = {
         {**CONFIG, **WORKDIR},
         configured=True,
     ),
+    "export": Command(
+        export,
+        "Write the parameters of a run, with its config, to a .safetensors file.",
+        {**WORKDIR, "to": Flag("file to write", example="FILE.safetensors"), **STEP},
+    ),
+    "import": Command(
+        import_weights,
+        "Make a new run that begins with the parameters of a .safetensors file: attnlab train goes "
+        "on from it. The config is that of the file, or --config, which may name another mechanism "
+        "or task. Says what matched; nothing is ever cast.",
+        {
+            **CONFIG,
+            "workdir": Flag("directory of the new run", example="DIR"),
+            "allow_partial": Flag("begin although some names match nothing", bool),
+        },
+        "FILE.safetensors",
+        configured=True,
+    ),
     "list": Command(
         list_known,
         "What can be chosen, of all kinds or of one; or all about one NAME.",
@@ -251,7 +328,7 @@ COMMANDS = {
     ),
     "report": Command(
         report,
-        "Compare finished runs.",
+        "Compare finished runs, or the points of one sweep.",
         {"out": Flag("file to write", example="FILE")},
         "WORKDIR...",
     ),
@@ -334,8 +411,7 @@ def _of_attention(path: str) -> bool:
 
 def _config(line: Line):
     """The config of ``--config``, else that of the workdir, with the overrides, validated."""
-    from attnlab.limits import validate
-    from attnlab.overrides import load, override
+    from attnlab.overrides import load
     from attnlab.workdir import Workdir
 
     if "config" in line.flags or "workdir" not in line.flags:
@@ -343,10 +419,18 @@ def _config(line: Line):
     else:
         file = str(Workdir.existing(line.flags["workdir"]).path / "config.json")
     config = load(file)
+    _change(config, line)
+    return config
+
+
+def _change(config, line: Line) -> None:
+    """Sets what the line says of single fields, in place, and validates the whole."""
+    from attnlab.limits import validate
+    from attnlab.overrides import override
+
     for path, text in line.overrides:
         override(config, path, text)
     validate(config)
-    return config
 
 
 def _complain(message: str, code: int, debug: bool) -> int:

@@ -11,7 +11,7 @@ import pytest
 from attnlab.flags import parse_line
 from attnlab.limits import validate
 from attnlab.main import COMMANDS
-from attnlab.overrides import load, override
+from attnlab.overrides import load, load_sweep, override
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,8 +74,9 @@ def test_every_command_can_be_typed(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, name, *words = shlex.split(command)
     line = parse_line(name, COMMANDS[name], words)
-    if "config" in line.flags:
-        config = load(line.flags["config"])
+    file = line.flags.get("config")
+    configs = [] if file is None else load_sweep(file) if name == "sweep" else [load(file)]
+    for config in configs:
         for path, text in line.overrides:
             override(config, path, text)
         validate(config)
