@@ -14,7 +14,7 @@ from tiny import tiny
 
 from attnlab.config import model_of
 from attnlab.core import mechanisms, positions
-from attnlab.engines import sharded
+from attnlab.engines import recurrent, sharded
 from attnlab.sharding import batch_sharding, gathered, make_mesh, put
 from attnlab.step import init_params, token_losses
 from attnlab.train import train
@@ -57,12 +57,16 @@ FORMS = [
     (replace(case_of("softmax"), normaliser=small("sparsemax")), "data:4,seq:2", 32),
     (case_of("window", window=14), "seq:8", 32),
     (case_of("window", "none", window=3, sinks=2), "seq:8", 32),
+    (case_of("linear", chunk=4), "data:2,seq:4", 32),
+    (case_of("delta", rate=2.0, chunk=4), "seq:4,tensor:2", 32),
 ]
 MORE = [
     (case_of("softmax", "alibi", tile=4), "seq:8", 40),
     (case_of("window", "t5", window=5), "seq:4,tensor:2", 32),
     (replace(case_of("window", window=6), causal=False), "seq:8", 32),
     (replace(case_of("window", window=3, sinks=5), causal=False), "data:2,seq:4", 32),
+    (replace(case_of("linear", chunk=4), causal=False), "data:2,seq:4", 32),
+    (case_of("gated_delta", chunk=5), "data:1,seq:8", 40),
 ]
 
 
@@ -74,6 +78,29 @@ MORE = [
 def test_outputs_and_gradients_are_those_of_one_device(case, mesh, length, programs):
     check(case, mesh, length)
     assert programs, "nothing was split"
+
+
+@pytest.mark.parametrize("decays", [pytest.param((1, 0), marks=pytest.mark.slow), (6, 5)])
+def test_what_decays_is_passed_on_as_it_decays(decays):
+    draws = np.random.default_rng(0)
+    B, N, H, G, D, E = 2, 16, 4, 2, 6, 5
+    q, k, v = (draws.standard_normal((B, N, n, d)) for n, d in ((H, D), (G, D), (G, E)))
+    over_keys, over_values = (-draws.random((B, N, G, n)) if n else None for n in decays)
+    seg = np.asarray([[0] * 16, [1] * 3 + [-1] + [2] * 9 + [-1] * 3], np.int32)
+    out_slope, memory_slope = draws.standard_normal((B, N, H, E)), draws.standard_normal((G, D, E))
+
+    def loss(tokens):
+        q, k, v, *decays = tokens
+        fading = dict(zip(("key_decay", "value_decay"), decays))
+        out, state = recurrent.attend(q, k, v, jnp.asarray(seg), **fading, chunk=2)
+        return jnp.sum(out * out_slope) + jnp.sum(state.memory * memory_slope), (out, state)
+
+    tokens = jax.tree.map(np.float32, (q, k, v, over_keys, over_values))
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    wanted = compiled(tokens)
+    with jax.set_mesh(make_mesh("data:2,seq:4")):
+        got = compiled(tokens)
+    assert_close(jax.tree.map(np.asarray, got), wanted)
 
 
 def test_a_length_that_devices_do_not_divide_is_computed_as_before(programs):
