@@ -94,9 +94,9 @@ def test_memory_of_a_device_is_shared_over_the_mesh():
 
 def test_the_plan_of_a_mesh_that_splits_sequences_names_who_gathers_them(corpus, capsys):
     mesh = "mesh=data:2,seq:4"
-    plan(small("softmax+block", corpus, mesh))
+    plan(small("softmax+strided", corpus, mesh))
     out = capsys.readouterr().out
-    assert "block has no sequence-parallel form" in out
+    assert "strided has no sequence-parallel form" in out
     assert "softmax has" not in out
     with pytest.raises(UserError, match=r"use task.length=36, or seq:2"):
         plan(small("softmax", corpus, mesh, "task.length=34"))

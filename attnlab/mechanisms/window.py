@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Pattern, Result, count_pairs
-from attnlab.engines import blockwise, dense, neighbours
+from attnlab.engines import dense, neighbours
 from attnlab.errors import UserError
 from attnlab.registry import register
 
@@ -61,13 +61,10 @@ class Window(Mechanism):
         return Keys.empty(dims, batch, self.window - 1 + self.sinks, dtype)
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
+        keys, state = self._remember(keys, state)
         tile = max(64, 1 << (self.window // 4).bit_length())
         rule = rule.restrict(Near(self.window, self.sinks))
-        if state:
-            keys, state = self._remember(keys, state)
-            out, lse = blockwise.attend(queries, keys, rule, tile)
-        else:
-            out, lse = neighbours.attend(queries, keys, rule, tile, self.window, self.sinks)
+        out, lse = neighbours.attend(queries, keys, rule, tile, self.window, self.sinks)
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
