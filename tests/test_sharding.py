@@ -1,6 +1,7 @@
 """Meshes are typed, checked and laid out; a sharded step computes what one device computes."""
 
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,38 @@ def test_rows_are_read_once_and_by_all_who_share_them():
     sharding = batch_sharding(make_mesh("data:2,seq:4"), 4)
     assert readers(sharding) == (0, 1)
     assert spread(3, sharding) == (4, slice(0, 4))
+
+
+class Device(NamedTuple):
+    id: int
+    process_index: int
+
+
+class Pretended(NamedTuple):
+    mesh: Any
+    devices_indices_map: Any
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [
+        ("data:8", [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ("data:2,seq:4", [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ("seq:8", [(0, 1)] * 4),
+        ("data:4,tensor:2", [(0, 4), (1, 4), (2, 4), (3, 4)]),
+    ],
+)
+def test_processes_that_split_the_tokens_of_a_row_read_the_same_rows(mesh, parts, monkeypatch):
+    real = batch_sharding(make_mesh(mesh), 8)
+
+    def held(shape):  # as if every two devices were of one process
+        places = real.devices_indices_map(shape).items()
+        return {Device(d.id, d.id // 2): at for d, at in places}
+
+    pretended: Any = Pretended(real.mesh, held)
+    for process, expected in enumerate(parts):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert readers(pretended) == expected
 
 
 def test_tensor_splits_heads_and_hidden_units_and_nothing_else():
