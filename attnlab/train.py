@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,15 @@ from attnlab.metrics import Writer
 from attnlab.optimizer import make_optimizer, make_schedule
 from attnlab.progress import Progress, peak_memory
 from attnlab.scores import headline_of
-from attnlab.sharding import batch_sharding, make_mesh, put, state_shardings
+from attnlab.sharding import (
+    batch_sharding,
+    check_length,
+    gathered,
+    make_mesh,
+    put,
+    readers,
+    state_shardings,
+)
 from attnlab.signals import Signals
 from attnlab.step import State, init_state, make_step
 from attnlab.workdir import HARMLESS, Workdir
@@ -58,6 +66,7 @@ def train(config: ConfigDict, workdir: str | Path, command: Sequence[str] = ("at
             print(f"{run.path}: finished at step {done['step']}; nothing to do")
             return 0
         mesh = make_mesh(config.mesh)
+        check_length(mesh, config.task.length)
         task: Any = tasks.build(config.task, seed=config.seed)
         kind_of(config).begin(config, task, run.path)
         announce(config, mesh)
@@ -93,6 +102,9 @@ def announce(config: ConfigDict, mesh: Any) -> None:
     layers = list(dict.fromkeys(map(repr, mechanisms_of(config))))
     names = " + ".join(layers), config.position.name, config.normaliser.name
     log.info("attention: %s; position: %s; normaliser: %s", *names)
+    for name in gathered(mesh, config.attention.name, mechanisms_of(config)):
+        what = "has no sequence-parallel form: its sequence is gathered on every device"
+        log.info("attention %s %s", name, what)
 
 
 class Trainer:
@@ -103,7 +115,7 @@ class Trainer:
     """
 
     def __init__(self, config: ConfigDict, task: Any, mesh: Any, run: Workdir):
-        self.config, self.task, self.run = config, task, run
+        self.config, self.task, self.mesh, self.run = config, task, mesh, run
         self.kind = kind_of(config)
         self.model = self.kind.make_model(config, task)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -112,7 +124,8 @@ class Trainer:
         start = partial(init_state, self.model, optimizer, config)
         self.shapes = jax.eval_shape(start)
         rows = jax.tree.map(lambda _: self.rows, self.shapes.memory)
-        self.shardings = state_shardings(mesh, self.shapes)._replace(memory=rows)
+        shardings = state_shardings(mesh, self.shapes, self.model.architecture.head_dim)
+        self.shardings = shardings._replace(memory=rows)
         self.start = jax.jit(start, out_shardings=self.shardings)
         self.step = jax.jit(
             make_step(self.model, optimizer, config),
@@ -183,8 +196,7 @@ class Trainer:
 
     def batches(self, step: int) -> Any:
         """This process's rows of the batches from a step on."""
-        process, processes = jax.process_index(), jax.process_count()
-        rows = tasks.process_rows(self.config.task.batch, process, processes)
+        rows = tasks.process_rows(self.config.task.batch, *readers(self.rows))
         return self.task.batches(step + self.shift, rows)
 
     def advance(self, step: int, batches: Any, stop: Callable[[], bool]) -> bool:
@@ -324,7 +336,12 @@ class Trainer:
             options["sharding"] = None
         if jax.process_index() == 0:
             step = int(self.state.step)
-            self.kind.finish(self.run, self.config, self.task, self.model, params, step, **options)
+            # Sequences are split where a mesh is in use, which takes all processes.
+            splits = options["sharding"] is not None and self.mesh.shape["seq"] > 1
+            with jax.set_mesh(self.mesh) if splits else nullcontext():
+                self.kind.finish(
+                    self.run, self.config, self.task, self.model, params, step, **options
+                )
 
     def profile(self, step: int | None) -> None:
         """Writes a trace of the steps in the window that the config names, for xprof to show; None
