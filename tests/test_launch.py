@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import CACHE
-from tiny import home, saved_state, tiny
+from tiny import home, saved_state, tiny, trained
 
 from attnlab import launch as module
 from attnlab.launch import free_port, launch
@@ -159,3 +160,20 @@ def test_two_processes_are_stopped_by_one_signal_and_go_on_as_one(tmp_path, devi
     np.testing.assert_allclose(found, expected, rtol=tolerance)
     if not tolerance:
         assert saved_state(broken, config) == saved_state(straight, config)
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_does(tmp_path):
+    workdir = shutil.copytree(trained(), tmp_path / "run")
+    evaluate = ["evaluate", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "attnlab", "launch", "--local", "2x2", "--", *evaluate]
+    done = subprocess.run(command, env=environment(2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\[0\] written: ", done.stdout, re.MULTILINE)
+    assert not re.search(r"^\[1\] (?!\[Gloo\])", done.stdout, re.MULTILINE)
+    (file,) = (workdir / "evaluations").glob("test-*.json")
+    found = json.loads(file.read_text())
+    expected = json.loads((workdir / "test.json").read_text())
+    assert found.keys() == expected.keys()
+    assert found["tokens"] == expected["tokens"]
+    np.testing.assert_allclose(found["bits_per_byte"], expected["bits_per_byte"], rtol=1e-6)

@@ -9,6 +9,7 @@ must end by itself. What was run is recorded in tests/drills/README.md.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -28,10 +29,11 @@ from tiny import home, saved_state, tiny  # noqa: E402
 from attnlab.metrics import read_metrics  # noqa: E402
 
 
-def start(layout: str, config: Path, workdir: Path, log: Path) -> subprocess.Popen:
-    """The run, as `attnlab launch` starts it."""
-    train = ["train", f"--config={config}", f"--workdir={workdir}", "--heartbeat-timeout=20"]
+def start(layout: str, config: Path, workdir: Path, *flags: str) -> subprocess.Popen:
+    """The run, as `attnlab launch` starts it; what it says is beside the workdir, in .log."""
+    train = ["train", f"--config={config}", f"--workdir={workdir}", *flags]
     command = [sys.executable, "-m", "attnlab", "launch", "--local", layout, "--", *train]
+    log = workdir.with_suffix(".log")
     cache = {"JAX_COMPILATION_CACHE_DIR": str(home() / "compiled")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     paths = {"PYTHONPATH": str(ROOT)}
@@ -39,28 +41,37 @@ def start(layout: str, config: Path, workdir: Path, log: Path) -> subprocess.Pop
         return subprocess.Popen(command, env=os.environ | cache | paths, stdout=file, stderr=file)
 
 
+def saved(workdir: Path) -> list[int]:
+    """The steps on disk, whole or not."""
+    return sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal())
+
+
+def last_step(metrics: Path) -> int:
+    """The newest that was measured, or 0."""
+    return max([0, *(int(n) for n in re.findall(rb'"step": (\d+)', metrics.read_bytes()))])
+
+
 def kill_once(layout: str, config: Path, workdir: Path, draw: random.Random) -> str:
     """Starts the run, kills one of its processes, waits until all are gone; what was seen."""
     log, metrics = workdir.with_suffix(".log"), workdir / "metrics.jsonl"
-    before = metrics.stat().st_size if metrics.exists() else 0
-    child = start(layout, config, workdir, log)
-    # One in ten dies before its first step, where data, restoring and compiling are.
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    # How many steps it gets; one in ten dies before the first, while it prepares or compiles.
+    goal = max([0, *saved(workdir)]) + draw.randrange(1, 16)
     early = draw.random() < 0.1
+    child = start(layout, config, workdir, "--heartbeat-timeout=20")
     while child.poll() is None:
         begun = re.search(r"processes of \d+ devices: ([\d ]+)", log.read_text())
-        if begun and (early or (metrics.exists() and metrics.stat().st_size != before)):
-            time.sleep(draw.uniform(0, 6 if early else 0.5))
+        moved = metrics.exists() and metrics.stat().st_mtime_ns != before
+        if begun and (early or (moved and last_step(metrics) >= goal)):
+            time.sleep(draw.uniform(0, 6 if early else 0.1))
             victim = draw.choice(begun[1].split())
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(victim), signal.SIGKILL)
-            except ProcessLookupError:
-                return "it had ended"
             break
-        time.sleep(0.01)
+        time.sleep(0.05)
     code = child.wait(timeout=300)
-    said = [line for line in log.read_text().splitlines() if "attnlab: another process" in line]
-    steps = sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal())
-    return f"exit {code}, on disk {steps}{', ' + said[0] if said else ''}"
+    ours = [line for line in log.read_text().splitlines() if re.match(r"\[\d+\] attnlab:", line)]
+    return f"exit {code}, on disk {saved(workdir)}, last said: {ours[-1] if ours else ''}"
 
 
 def main() -> None:
@@ -79,12 +90,11 @@ def main() -> None:
     began = time.monotonic()
     for number in range(1, options.kills + 1):
         seen = kill_once(options.layout, file, killed, draw)
-        killings += "ended" not in seen
+        killings += not seen.startswith("exit 0")
         print(f"kill {number}: {seen}", flush=True)
     for workdir in (killed, straight):
-        log = workdir.with_suffix(".log")
-        if code := start(options.layout, file, workdir, log).wait(timeout=600):
-            sys.exit(f"exit {code}\n{log.read_text()}")
+        if code := start(options.layout, file, workdir).wait(timeout=600):
+            sys.exit(f"exit {code}\n{workdir.with_suffix('.log').read_text()}")
     states = [saved_state(workdir, config) for workdir in (killed, straight)]
     rows = [read_metrics(workdir / "metrics.jsonl") for workdir in (killed, straight)]
     losses = [[(r["step"], r["train/loss"]) for r in some if "train/loss" in r] for some in rows]
