@@ -1,8 +1,8 @@
 """The command line: ``attnlab train --config=configs/lm.py:attention=window --workdir=runs/a``.
 
 Exit codes: 0 done, 1 a bug of ours, 2 something typed wrong or too large for the machine, 3 data or
-a checkpoint missing, damaged or impossible to write, 130 interrupted, 141 nobody reads the output,
-143 terminated.
+a checkpoint missing, damaged or impossible to write, 4 another process of the run gone or no step
+ended in time, 130 interrupted, 141 nobody reads the output, 143 terminated.
 Nothing heavy is imported before the command and its flags are known to be good.
 """
 
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnlab import __version__, large_pages
+from attnlab import __version__, hosts, large_pages
 from attnlab.errors import AttnlabError, UserError, did_you_mean
 from attnlab.flags import Command, Flag, Line, columns, describe, parse_line
 
@@ -28,9 +28,15 @@ STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 def train(line: Line) -> int | None:
     workdir = line.need("workdir", "runs/first")
     config = _config(line)
+    patience = line.flags.pop("step-timeout", 0)
+    if patience < 0:
+        raise UserError(f"--step-timeout={patience}: must be at least 0 seconds; 0 = off")
+    hosts.start(line.flags)
     from attnlab.train import train
 
-    return train(config=config, workdir=workdir, command=["attnlab", *line.typed])
+    return train(
+        config=config, workdir=workdir, command=["attnlab", *line.typed], patience=patience
+    )
 
 
 def evaluate(line: Line) -> int | None:
@@ -38,11 +44,14 @@ def evaluate(line: Line) -> int | None:
     if "suite" in line.flags:
         if "stride" in line.flags:
             raise UserError("--stride: a suite reads every token once; leave it out")
+        if given := hosts.HOSTS.keys() & line.flags:
+            raise UserError(f"--{min(given)}: a suite is measured by one process; leave it out")
         from attnlab.suite import run_suite
 
         return run_suite(**line.flags)
     if "toy" in line.flags:
         raise UserError("--toy belongs to --suite=long_context")
+    hosts.start(line.flags)
     from attnlab.evaluate import evaluate
 
     return evaluate(**line.flags)
@@ -176,6 +185,23 @@ def report(line: Line) -> int | None:
     return report(workdirs=line.words, **line.flags)
 
 
+def launch(line: Line) -> int | None:
+    from attnlab.launch import launch
+
+    shape = line.need("local", "2x2")
+    name = line.words[0] if line.words else ""
+    together = [n for n, command in COMMANDS.items() if hosts.HOSTS.keys() <= command.flags.keys()]
+    if name not in together:
+        known = " or ".join(together)
+        raise UserError(
+            f"launch needs -- and then {known}, not {name!r}: launch --local 2x2 -- ..."
+        )
+    inner = parse_line(name, COMMANDS[name], line.words[1:])
+    if given := [flag for flag in hosts.PLACE if flag in inner.flags]:
+        raise UserError(f"--{given[0]}: launch says that itself; leave it out")
+    return launch(shape, line.words)
+
+
 CONFIG = {"config": Flag("a Python file with get_config(arg), or a .json", example="FILE[:ARG]")}
 WORKDIR = {"workdir": Flag("directory of the run", example="DIR")}
 STEP = {"step": Flag("which checkpoint; default the newest", int, "K")}
@@ -185,7 +211,14 @@ COMMANDS = {
         train,
         "Train, or go on training: the same command resumes. Without --config the config is that "
         "of the workdir.",
-        {**CONFIG, **WORKDIR},
+        {
+            **CONFIG,
+            **WORKDIR,
+            "step-timeout": Flag(
+                "exit 4 if no step ends for so long, compiling included (default off)", float, "S"
+            ),
+            **hosts.HOSTS,
+        },
         configured=True,
     ),
     "evaluate": Command(
@@ -199,6 +232,7 @@ COMMANDS = {
             "suite": Flag("long_context: at many lengths, up to --length", example="NAME"),
             "toy": Flag("a suite in a minute, of few tokens", bool),
             **STEP,
+            **hosts.HOSTS,
         },
     ),
     "generate": Command(
@@ -326,6 +360,13 @@ COMMANDS = {
     "data": Command(
         data, "Corpora: list them, get one, or describe one.", {}, "list|get|info [NAME]"
     ),
+    "launch": Command(
+        launch,
+        "Run train or evaluate as several processes on this machine, K of D virtual CPU devices "
+        "each, as if each were a host. The first that fails ends all and gives the exit code.",
+        {"local": Flag("processes and devices of each, such as 2x2", example="KxD")},
+        "-- train|evaluate [flags]",
+    ),
     "report": Command(
         report,
         "Compare finished runs, or the points of one sweep.",
@@ -336,7 +377,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; errors become one line on stderr."""
+    """Runs one command and returns its exit code; errors become one line on stderr.
+
+    One of several processes that fails does not return, see `hosts.leave`.
+    """
     if argv is None:
         large_pages.use()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -351,9 +395,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit must not fail again
-        return UNREAD
+        return hosts.leave(UNREAD)
     except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else BUG if exit.code else 0
+        return hosts.leave(exit.code if isinstance(exit.code, int) else BUG if exit.code else 0)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED, debug)
     except AttnlabError as error:
@@ -437,7 +481,7 @@ def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     print(f"attnlab: {message}", file=sys.stderr)
-    return code
+    return hosts.leave(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

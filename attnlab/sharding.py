@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from attnlab.core import Mechanism
@@ -66,7 +66,20 @@ def make_mesh(text: str) -> Mesh:
         raise UserError(
             f"mesh={text!r} has {places} places for {count} devices; use {_legal(asked, count)}"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    kinds = (AxisType.Auto,) * len(AXES)
+    if jax.process_count() > 1:  # so that the rows of a process lie side by side, see `spread`
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        return Mesh(np.array(devices).reshape(tuple(sizes.values())), AXES, axis_types=kinds)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds)
+
+
+def reading() -> tuple[Sharding, NamedSharding | None]:
+    """Where parameters lie that are only read, and the rows of what they are applied to: on one
+    device; for several processes whole on every device, and spread over all of them."""
+    if jax.process_count() == 1:
+        return SingleDeviceSharding(jax.local_devices()[0]), None
+    mesh = make_mesh("data:-1")
+    return NamedSharding(mesh, P()), NamedSharding(mesh, P(AXES))
 
 
 def _legal(asked: dict[str, int], count: int) -> str:

@@ -96,6 +96,14 @@ def test_every_file_that_is_named_exists(page):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_is_named_exists(page):
+    named = re.findall(r"`(tests/[\w/]+\.py) -k (\w+)`", page.read_text(encoding="utf-8"))
+    for file, word in named:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def (test|check)_\w*{word}", text, re.MULTILINE), (file, word)
+
+
 def test_python_blocks_run():
     examples = [block for block in blocks("python") if "@register" not in block]
     assert len(examples) == 2
