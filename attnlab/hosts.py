@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attnlab.errors import PeerError, UserError
+from attnlab.errors import AttnlabError, PeerError, UserError
 from attnlab.flags import Flag
 from attnlab.signals import Signals
 from attnlab.watchdog import Watchdog
@@ -239,8 +239,8 @@ def meeting(last_good: Callable[[], str]) -> Iterator[None]:
     """A meeting that fails becomes a `PeerError` that says from where the run goes on."""
     try:
         yield
-    except RuntimeError as error:
-        if not _begun or not PEER.search(str(error)):
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, AttnlabError) or not (_begun and PEER.search(str(error))):
             raise
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PeerError(

@@ -159,16 +159,19 @@ def test_one_of_several_leaves_at_once_with_its_line(monkeypatch, capsys):
 
 
 def test_a_meeting_that_fails_says_from_where_the_run_goes_on(monkeypatch):
-    def meet(message):
+    def meet(message, kind=RuntimeError):
         with meeting(lambda: "last good checkpoint: step 4"):
-            raise RuntimeError(message)
+            raise kind(message)
 
     gone = "FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer\nmore"
     with pytest.raises(RuntimeError, match="Gloo"):
         meet(gone)
     monkeypatch.setattr(hosts, "_begun", True)
-    with pytest.raises(PeerError, match=r"is gone .*closed by peer; last good checkpoint: step 4$"):
-        meet(gone)
+    for kind in (RuntimeError, ValueError):  # jax raises the one or the other
+        with pytest.raises(PeerError, match=r"is gone .*closed by peer; last good .*: step 4$"):
+            meet(gone, kind)
+    with pytest.raises(UserError, match=r"^no connection"):
+        meet("no connection", UserError)
     with pytest.raises(RuntimeError, match="a bug"):
         meet("a bug")
 
