@@ -79,9 +79,8 @@ def start(flags: dict[str, Any], environ: Mapping[str, str] = os.environ) -> Non
     try:
         with Watchdog(seconds, lambda: REMEDY, f"{describe(options)} has not met the others"):
             # Where jax gives up itself, it does so with a page and SIGABRT.
-            jax.distributed.initialize(
-                **options | {"initialization_timeout": int(2 * seconds) + 120}
-            )
+            options["initialization_timeout"] = int(2 * seconds) + 120
+            jax.distributed.initialize(**options)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "process_id" in options:
