@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attnlab.errors import PeerError, UserError
+from attnlab.errors import AttnlabError, PeerError, UserError
 from attnlab.flags import Flag
 from attnlab.signals import Signals
+from attnlab.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -44,6 +46,12 @@ PEER = re.compile(
 )
 """What a failed meeting says, whichever library it was held by."""
 
+PATIENCE = 300  # seconds, where nothing else is said
+REMEDY = (
+    "start all processes with one --coordinator, and with a longer --initialization-timeout if "
+    "they start far apart"
+)
+
 DONE, MADE, STOP = "attnlab/done", "attnlab/made", "attnlab/stop"
 EVERY = 0.2  # seconds between two looks
 
@@ -61,20 +69,23 @@ def start(flags: dict[str, Any], environ: Mapping[str, str] = os.environ) -> Non
     options = read(given, environ)
     if options is None:
         return
+    need_port(options)
     import jax
 
     with suppress(AttributeError):  # versions without that choice
         jax.config.update("jax_enable_preemption_service", False)
     _begun = True  # from here on one that fails must not wait for the others
+    seconds = options.get("initialization_timeout", PATIENCE)
     try:
-        jax.distributed.initialize(**options)
+        with Watchdog(seconds, lambda: REMEDY, f"{describe(options)} has not met the others"):
+            # Where jax gives up itself, it does so with a page and SIGABRT.
+            options["initialization_timeout"] = int(2 * seconds) + 120
+            jax.distributed.initialize(**options)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "coordinator_address" in options:
-            who = f"process {options['process_id']} of {options['num_processes']}"
+        if "process_id" in options:
             raise PeerError(
-                f"{who} did not meet the others at {options['coordinator_address']}: {reason}; "
-                "start all of them within --initialization-timeout, with one --coordinator"
+                f"{describe(options)} has not met the others: {reason}; {REMEDY}"
             ) from error
         raise UserError(
             f"no cluster was recognised: {reason}; say --coordinator, --num-processes, --process-id"
@@ -83,6 +94,27 @@ def start(flags: dict[str, Any], environ: Mapping[str, str] = os.environ) -> Non
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if jax.process_index() > 0:
         logging.getLogger("attnlab").setLevel(logging.WARNING)
+
+
+def describe(options: Mapping[str, Any]) -> str:
+    """Who is about to meet whom, for a line."""
+    if "process_id" not in options:
+        return "this process"
+    index, address = options["process_id"], options["coordinator_address"]
+    return f"process {index} of {options['num_processes']}, looking for {address},"
+
+
+def need_port(options: Mapping[str, Any]) -> None:
+    """Raises `UserError` where the port of process 0 is taken, of which jax would die."""
+    if options.get("process_id") != 0:
+        return
+    address = options["coordinator_address"]
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise UserError(
+            f"--coordinator={address}: cannot listen there: {error.strerror}; choose another port"
+        ) from None
 
 
 def read(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any] | None:
@@ -206,8 +238,8 @@ def meeting(last_good: Callable[[], str]) -> Iterator[None]:
     """A meeting that fails becomes a `PeerError` that says from where the run goes on."""
     try:
         yield
-    except RuntimeError as error:
-        if not _begun or not PEER.search(str(error)):
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, AttnlabError) or not (_begun and PEER.search(str(error))):
             raise
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PeerError(

@@ -15,17 +15,19 @@ PATIENCE = 5.0  # seconds for the answer where the run goes on from: the disk ma
 class Watchdog:
     """A context manager around a loop that calls `beat` at least every ``seconds``; 0 = off.
 
-    Otherwise the process says so in one line, ended by ``last_good()``, and exits with the code of
-    `PeerError`. What else it was doing is lost, as if it had been killed.
+    Otherwise the process says in one line that ``what`` for so long, ended by ``last_good()``, and
+    exits with the code of `PeerError`. What else it was doing is lost, as if it had been killed.
     """
 
     def __init__(
         self,
         seconds: float,
         last_good: Callable[[], str],
+        what: str = "no step has ended",
         leave: Callable[[int], None] = os._exit,
     ):
         self.seconds, self._last_good, self._leave = seconds, last_good, leave
+        self._what = what
         self._ended = threading.Event()
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -65,6 +67,6 @@ class Watchdog:
         asking.start()
         asking.join(PATIENCE)
         where = answers[0] if answers else "the disk does not answer either"
-        line = f"attnlab: no step has ended for {self.seconds:g} seconds; {where}"
+        line = f"attnlab: {self._what} for {self.seconds:g} seconds; {where}"
         print(line, file=sys.stderr, flush=True)
         self._leave(PeerError.code)

@@ -2,8 +2,10 @@
 
 import logging
 import signal
+import socket
 import sys
 import threading
+from functools import partial
 
 import jax
 import pytest
@@ -89,7 +91,11 @@ def test_a_cluster_is_joined_only_if_it_started_several(environ, several):
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        (PLACE, PeerError, "process 3 of 4 did not meet the others at 10.0.0.1:1234: too late; st"),
+        (
+            PLACE,
+            PeerError,
+            "process 3 of 4, looking for .*:1234, has not met the others: too late;",
+        ),
         ({"coordinator": "auto"}, UserError, "no cluster was recognised: too late; say --coord"),
     ],
 )
@@ -101,6 +107,38 @@ def test_others_that_do_not_come_are_one_line(monkeypatch, given, kind, message)
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(kind, match=message):
         hosts.start(dict(given), {})
+
+
+def test_others_that_never_come_are_one_line_too(monkeypatch, capsys):
+    left, ended = [], threading.Event()
+
+    def leave(code):
+        left.append(code)
+        ended.set()
+
+    def initialize(**options):
+        assert options["initialization_timeout"] > 100  # jax must not be the first to give up
+        ended.wait(60)
+
+    monkeypatch.setattr(hosts, "_begun", False)
+    monkeypatch.setattr(hosts, "Watchdog", partial(Watchdog, leave=leave))
+    monkeypatch.setattr(hosts, "PATIENCE", 0.01)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(hosts.signal, "signal", lambda *_: None)
+    hosts.start(dict(PLACE), {})
+    assert left == [4]
+    assert capsys.readouterr().err == (
+        "attnlab: process 3 of 4, looking for 10.0.0.1:1234, has not met the others for 0.01 "
+        f"seconds; {hosts.REMEDY}\n"
+    )
+
+
+def test_a_port_that_is_taken_is_a_user_error(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("begun"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=r"cannot listen there: Address .* choose another"):
+            hosts.start(PLACE | {"coordinator": place, "process-id": 0}, {})
 
 
 def test_the_flags_are_taken_out_and_others_are_left():
@@ -121,16 +159,19 @@ def test_one_of_several_leaves_at_once_with_its_line(monkeypatch, capsys):
 
 
 def test_a_meeting_that_fails_says_from_where_the_run_goes_on(monkeypatch):
-    def meet(message):
+    def meet(message, kind=RuntimeError):
         with meeting(lambda: "last good checkpoint: step 4"):
-            raise RuntimeError(message)
+            raise kind(message)
 
     gone = "FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer\nmore"
     with pytest.raises(RuntimeError, match="Gloo"):
         meet(gone)
     monkeypatch.setattr(hosts, "_begun", True)
-    with pytest.raises(PeerError, match=r"is gone .*closed by peer; last good checkpoint: step 4$"):
-        meet(gone)
+    for kind in (RuntimeError, ValueError):  # jax raises the one or the other
+        with pytest.raises(PeerError, match=r"is gone .*closed by peer; last good .*: step 4$"):
+            meet(gone, kind)
+    with pytest.raises(UserError, match=r"^no connection"):
+        meet("no connection", UserError)
     with pytest.raises(RuntimeError, match="a bug"):
         meet("a bug")
 
@@ -280,7 +321,7 @@ def watched(seconds, last_good, capsys):
         left.append(code)
         ended.set()
 
-    with Watchdog(seconds, last_good, leave):
+    with Watchdog(seconds, last_good, leave=leave):
         ended.wait(60)
     return capsys.readouterr().err, left
 
@@ -302,7 +343,7 @@ def test_a_watchdog_that_is_off_or_done_does_nothing(capsys):
         raise AssertionError
 
     for seconds in (0, 1000):
-        with Watchdog(seconds, lambda: "", leave) as dog:
+        with Watchdog(seconds, lambda: "", leave=leave) as dog:
             assert dog.watching(lambda: True)()
         assert dog._thread is None or not dog._thread.is_alive()
     assert capsys.readouterr().err == ""
