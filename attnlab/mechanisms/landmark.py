@@ -127,3 +127,7 @@ class Landmark(BlockTopK):
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         pooled = 4.0 * length * dims.kv_heads * dims.key_dim
         return super().flops(dims, length, causal) + pooled
+
+    @classmethod
+    def examples(cls):
+        return (cls(block=4, chosen=2),)
