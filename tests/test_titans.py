@@ -61,6 +61,7 @@ def test_without_momentum_and_forgetting_it_is_the_delta_rule(normal):
     assert_close((got, state.memory), (wanted, after.memory), 1e-5)
 
 
+@pytest.mark.slow
 def test_small_steps_are_a_sum_over_the_past(normal):
     """Where nothing is recalled yet, the error is the value: θ Σ v kᵀ q."""
     q, k, v, seg = normal(1, 20, 2, 8), normal(1, 20, 2, 8), normal(1, 20, 2, 5), np.zeros((1, 20))
@@ -94,6 +95,7 @@ def test_a_wiped_memory_answers_from_later_tokens_only(normal):
     assert np.max(np.abs(outs[0][:, :10] - outs[1][:, :10])) > 0.1
 
 
+@pytest.mark.slow
 def test_what_one_pass_over_random_pairs_leaves_is_known(normal):
     """Error of recall over that of no recall, for D = E = 32. Whole corrections forget earlier
     pairs; small ones that are carried on do better, most where the memory is full."""

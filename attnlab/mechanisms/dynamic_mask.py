@@ -132,7 +132,7 @@ class DynamicMask(Mechanism):
 
     @classmethod
     def examples(cls):
-        return (cls(kept=4, chunk=5), cls(kept=3, chunk=8))
+        return (cls(kept=4, chunk=5),)
 
 
 def _refuse(rule: Rule) -> None:

@@ -122,4 +122,4 @@ class Power(Mechanism):
 
     @classmethod
     def examples(cls):
-        return (cls(block=2, window=3), cls(block=1, window=1, sinks=0), cls(block=3, window=2))
+        return (cls(block=2, window=3), cls(block=1, window=1, sinks=0))

@@ -11,6 +11,7 @@ from attnlab.errors import UserError
 from attnlab.mechanisms.delta import of_input
 from attnlab.mechanisms.linear import rotated
 from attnlab.refusals import (
+    key_of,
     refuse_bias,
     refuse_bidirectional,
     refuse_every_normaliser,
@@ -49,7 +50,8 @@ class Titans(Mechanism):
     def __post_init__(self):
         if self.chunk < 1 or not 0 < self.rate <= 2:
             raise UserError(
-                f"titans: rate={self.rate}, chunk={self.chunk}; use 0 < rate <= 2 and chunk >= 1"
+                f"{key_of(self)}: rate={self.rate}, chunk={self.chunk}; "
+                "use 0 < rate <= 2 and chunk >= 1"
             )
 
     def init(self, key: Array, dims: Dims):
@@ -86,7 +88,7 @@ class Titans(Mechanism):
 
     @classmethod
     def examples(cls):
-        return (cls(chunk=8), cls(rate=2.0, chunk=5))
+        return (cls(chunk=8),)
 
 
 def _refuse(rule: Rule) -> None:
