@@ -38,11 +38,11 @@ def test_dilution_lies_in_its_bands(monkeypatch):
     assert module.outside(rows, bands) == []
 
 
-@pytest.mark.parametrize("name", ["context", "extrapolation"])
+@pytest.mark.parametrize("name", ["context", "extrapolation", "needle"])
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
-    found = results.get("models") or results["bits_per_byte"]
+    found = next(results[key] for key in ("models", "bits_per_byte", "rows") if key in results)
     for claim in claims:
         assert module.held(claim, found), claim
 
@@ -55,6 +55,7 @@ def test_the_arena_lies_in_its_bands_and_its_tables_are_what_was_measured(monkey
     assert module.outside(runs, {"accuracy": {}}), "a run without a band is no claim"
     text = module.README.read_text(encoding="utf-8")
     assert module.written(text, runs, expected) == text
+    assert module.tables(runs, expected) in text
 
 
 def test_compared_runs_lie_in_their_bands(monkeypatch):

@@ -89,8 +89,9 @@ def _fill(rings: Rings, keys: Keys, rule: Rule, buckets: Array) -> Rings:
         return jnp.where(where, z.astype(ring.dtype), ring)
 
     k = rule.rotate(keys.k, keys.pos, "key")
-    filled = (put(ring, newest(z)) for ring, z in zip(rings, (k, keys.v, keys.pos, keys.seg)))
-    return Rings(*filled, written.astype(rings.written.dtype))
+    found = zip(rings[:4], (k, keys.v, keys.pos, keys.seg))
+    k, v, pos, seg = (put(ring, newest(z)) for ring, z in found)
+    return Rings(k, v, pos, seg, written.astype(rings.written.dtype))
 
 
 def _read_singly(rings: Rings, queries: Queries, keys: Keys, rule: Rule, buckets: Array):
