@@ -7,7 +7,8 @@ damaged. Both are named on the log and the newest step that is whole is used ins
 
 Cost of `save`: one device-to-host copy and one all-finite reduction before it returns; the writing,
 hashing and pruning happen on a thread. Disk: about the bytes of the state a step, `keep` steps.
-Several processes: every process calls every method; process 0 writes manifests and deletes.
+Several processes: every process calls every method; process 0 writes manifests and deletes. One
+that leaves by an error asks nothing of the others, and what it was saving may be lost.
 """
 
 import atexit
@@ -30,6 +31,7 @@ from attnlab.store import ArrayStore, explain
 log = logging.getLogger(__name__)
 
 MARGIN = 1 << 20  # bytes of metadata and slack on top of the arrays
+LATE = 10.0  # seconds that a save in progress has to end when this of several processes fails
 
 
 class NotFinite(DataError):
@@ -62,6 +64,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None and jax.process_count() > 1:
+            atexit.unregister(self._leave)
+            if self._thread is not None:
+                self._thread.join(LATE)
+            return
         try:
             self.close()
         except DataError as late:
@@ -82,8 +89,18 @@ class Checkpoints:
         return self._steps.complete()
 
     def found(self) -> bool:
-        """Whether any step was ever finished here, sound or not: restore, do not start over."""
-        return bool(self._steps.finished())
+        """Whether any step was ever finished here, sound or not: restore, do not start over.
+
+        What process 0 sees, in all.
+        """
+        seen = bool(self._steps.finished()) and jax.process_index() == 0
+        return bool(-_lowest(-int(seen)))
+
+    def describe(self) -> str:
+        """The end of an error line: from where the run can go on."""
+        steps = self.steps()
+        last = f"step {steps[-1]} in {self.directory}" if steps else "none"
+        return f"last good checkpoint: {last}; run the same command again to go on from it"
 
     def clean(self) -> None:
         """Makes the directory and deletes what a killed run left half-written, and says so.

@@ -44,6 +44,10 @@ def any_marked(parts: tuple[Mechanism, ...]) -> bool:
     return any(part.marked for part in parts)
 
 
+def all_spread(parts: tuple[Mechanism, ...]) -> bool:
+    return all(part.spreads for part in parts)
+
+
 def all_isotropic(parts: tuple[Mechanism, ...]) -> bool:
     return all(part.isotropic for part in parts)
 
@@ -64,6 +68,7 @@ class Combination(Mechanism):
     cost = OfParts(greatest)  # pyright: ignore[reportAssignmentType]
     carries = OfParts(any_carries)  # pyright: ignore[reportAssignmentType]
     isotropic = OfParts(all_isotropic)  # pyright: ignore[reportAssignmentType]
+    spreads = OfParts(all_spread)  # pyright: ignore[reportAssignmentType]
     marked = OfParts(any_marked)  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self):

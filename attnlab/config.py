@@ -91,7 +91,9 @@ def base(
                 "top_k": 0,  # 0 = off
                 "top_p": 1.0,  # 1 = off
             },
-            "mesh": "data:-1",  # axis:size, comma separated; axes data, fsdp; -1 = the devices left
+            # AXIS:SIZE, comma separated: data and fsdp split rows, fsdp parameters too, seq tokens,
+            # tensor heads and hidden units; -1 = the devices left
+            "mesh": "data:-1",
         }
     )
     config.attention = section(mechanisms, attention)

@@ -418,6 +418,9 @@ class Mechanism:
     """Queries and keys turned alike give the same outputs. False for feature maps, which act on
     coordinates: with a position module that rotates, outputs then follow positions themselves."""
 
+    spreads: ClassVar[bool] = False
+    """Its engines keep the tokens of a sequence on the devices of the mesh axis ``seq`` in training
+    (see `attnlab.engines.sharded`); otherwise every device gathers all of them."""
     marked: ClassVar[bool] = False
     """The model hands over keys with a ``unit``: 4 b + e for a token that begins a unit of level b
     and ends one of level e; 0 none, 1 a word, 2 a sentence, 3 a paragraph, and all levels below."""

@@ -5,8 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from attnlab.core import Array
+from attnlab.engines import sharded
 
 LOGITS_IN_FLIGHT = 2**22
 """Beyond so many, tokens take turns."""
@@ -17,10 +19,15 @@ def cross_entropy(x: Array, table: Array, targets: Array) -> Array:
     ``targets`` int [B N]: f32 [B N] in nats.
 
     Tokens take turns in pieces of at most `LOGITS_IN_FLIGHT` logits, which the backward pass
-    computes once more. Products are in the dtype of ``x``, sums in f32.
+    computes once more. Products are in the dtype of ``x``, sums in f32. On a mesh that splits the
+    sequence each device reads its own tokens.
     Cost: O(B N V W) time; O(B N + LOGITS_IN_FLIGHT) memory besides x and its gradient.
     """
-    return _cross_entropy(x, table.astype(x.dtype), targets)
+    table = table.astype(x.dtype)
+    if sharded.count(x.shape[1]) == 1:
+        return _cross_entropy(x, table, targets)
+    tokens = P(sharded.layout(x.shape[0]).rows, sharded.SEQUENCE)
+    return sharded.across(_cross_entropy, (tokens, P(), tokens), tokens)(x, table, targets)
 
 
 def likeliest(x: Array, table: Array) -> Array:

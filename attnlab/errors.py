@@ -26,6 +26,12 @@ class DataError(AttnlabError):
     code = 3
 
 
+class PeerError(AttnlabError):
+    """Another process of the run, or what joins them, is gone or does not answer. Exit code 4."""
+
+    code = 4
+
+
 class MissingError(DataError):
     """Data that are not on this machine, and how to get them; nothing is damaged."""
 

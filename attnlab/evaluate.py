@@ -32,12 +32,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from attnlab import hosts
 from attnlab.carry import carries, hand_on, nothing_read, resume
 from attnlab.errors import DataError, UserError
 from attnlab.files import write_json
 from attnlab.model import Transformer
 from attnlab.scores import Scores
-from attnlab.sharding import put, spread
+from attnlab.sharding import put, reading, spread
 from attnlab.step import token_losses
 from attnlab.windows import Line, in_lanes, side_by_side, stack
 
@@ -182,25 +183,31 @@ def evaluate(
 ) -> None:
     """Scores a run, prints the numbers, and writes a JSON file and a plot into
     ``workdir/evaluations``. Lengths beyond the training length are legal. Raises `UserError` for a
-    wrong split, length, stride or step, `DataError` for data or checkpoints that cannot be read."""
+    wrong split, length, stride or step, `DataError` for data or checkpoints that cannot be read.
+    Several processes share the work."""
     from attnlab.kinds import kind_of
     from attnlab.runs import open_run
 
     for name, value in (("length", length), ("stride", stride)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    run = open_run(workdir, step)
-    task, kind = run.task(), kind_of(run.config)
-    result = kind.score(
-        run.model,
-        run.params,
-        task,
-        run.config,
-        split,
-        run.step,
-        length=length or 0,
-        stride=stride or 0,
-    )
+    with hosts.meeting(lambda: "run the same command again"):
+        run, (_, rows) = open_run(workdir, step), reading()
+        task, kind = hosts.in_turn(run.task), kind_of(run.config)
+        hosts.agree("the data", task.info())
+        result = kind.score(
+            run.model,
+            run.params,
+            task,
+            run.config,
+            split,
+            run.step,
+            length=length or 0,
+            stride=stride or 0,
+            sharding=rows,
+        )
+    if jax.process_index() > 0:
+        return
     print(kind.format(result))
     strided = f"-stride{result['stride']}" if "stride" in result else ""
     name = f"{split}-length{result['length']}{strided}-step{run.step}"

@@ -4,18 +4,21 @@ Every small file a run writes (config, lock, manifest, finished marker) goes thr
 land under a temporary name in the same directory, reach the disk, and then take the final name.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def replace_file(path: str | os.PathLike, content: bytes) -> None:
-    """Puts `content` at `path` in one step; a crash at any moment leaves the old file or the new.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` in one step when the block ends without an
+    error; a crash at any moment leaves the old file or the new.
 
     Raises OSError when the directory is missing, read-only or full; the old file is then intact.
     """
@@ -23,7 +26,7 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -31,6 +34,12 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def replace_file(path: str | os.PathLike, content: bytes) -> None:
+    """Puts `content` at `path` as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

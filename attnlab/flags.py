@@ -1,7 +1,8 @@
 """The words after ``attnlab``: one command, its positional arguments and its flags.
 
 ``--flag=value`` and ``--flag value`` are the same; ``--config.a.b=value`` is kept apart, in order,
-for `attnlab.overrides`. Every mistake raises `UserError` with the nearest known flag.
+for `attnlab.overrides`; after ``--`` everything is a word. Every mistake raises `UserError` with
+the nearest known flag.
 """
 
 import textwrap
@@ -66,6 +67,9 @@ def parse_line(name: str, command: Command, typed: Sequence[str]) -> Line:
     rest = list(typed)
     while rest:
         word = rest.pop(0)
+        if word == "--" and command.arguments:
+            line.words += rest
+            break
         if not word.startswith("--"):
             line.words.append(word)
             continue

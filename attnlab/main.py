@@ -1,8 +1,8 @@
 """The command line: ``attnlab train --config=configs/lm.py:attention=window --workdir=runs/a``.
 
 Exit codes: 0 done, 1 a bug of ours, 2 something typed wrong or too large for the machine, 3 data or
-a checkpoint missing, damaged or impossible to write, 130 interrupted, 141 nobody reads the output,
-143 terminated.
+a checkpoint missing, damaged or impossible to write, 4 another process of the run gone or no step
+ended in time, 130 interrupted, 141 nobody reads the output, 143 terminated.
 Nothing heavy is imported before the command and its flags are known to be good.
 """
 
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnlab import __version__, large_pages
+from attnlab import __version__, hosts, large_pages
 from attnlab.errors import AttnlabError, UserError, did_you_mean
 from attnlab.flags import Command, Flag, Line, columns, describe, parse_line
 
@@ -28,9 +28,15 @@ STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 def train(line: Line) -> int | None:
     workdir = line.need("workdir", "runs/first")
     config = _config(line)
+    patience = line.flags.pop("step-timeout", 0)
+    if patience < 0:
+        raise UserError(f"--step-timeout={patience}: must be at least 0 seconds; 0 = off")
+    hosts.start(line.flags)
     from attnlab.train import train
 
-    return train(config=config, workdir=workdir, command=["attnlab", *line.typed])
+    return train(
+        config=config, workdir=workdir, command=["attnlab", *line.typed], patience=patience
+    )
 
 
 def evaluate(line: Line) -> int | None:
@@ -38,11 +44,14 @@ def evaluate(line: Line) -> int | None:
     if "suite" in line.flags:
         if "stride" in line.flags:
             raise UserError("--stride: a suite reads every token once; leave it out")
+        if given := hosts.HOSTS.keys() & line.flags:
+            raise UserError(f"--{min(given)}: a suite is measured by one process; leave it out")
         from attnlab.suite import run_suite
 
         return run_suite(**line.flags)
     if "toy" in line.flags:
         raise UserError("--toy belongs to --suite=long_context")
+    hosts.start(line.flags)
     from attnlab.evaluate import evaluate
 
     return evaluate(**line.flags)
@@ -69,6 +78,26 @@ def compare(line: Line) -> int | None:
     # The runs have processes of their own, which need the memory of the accelerator to themselves.
     jax.config.update("jax_platforms", "cpu")
     return compare(config, attention, workdir, own, ["attnlab", *line.typed])
+
+
+def sweep(line: Line) -> int | None:
+    if len(line.words) + ("config" in line.flags) > 1:
+        raise UserError("sweep takes one file of configs")
+    workdir = line.need("workdir", "runs/learning_rate")
+    file = line.words[0] if line.words else line.need("config", "configs/sweeps/learning_rate.py")
+    from attnlab.overrides import load_sweep, override
+
+    configs = load_sweep(file)
+    for config in configs:
+        for path, text in line.overrides:
+            override(config, path, text)
+    options = {k: v for k, v in line.flags.items() if k in ("workers", "slurm")}
+    import jax
+
+    from attnlab.sweep import sweep
+
+    jax.config.update("jax_platforms", "cpu")  # as for compare
+    return sweep(configs, workdir, command=["attnlab", *line.typed], **options)
 
 
 def needle(line: Line) -> int | None:
@@ -105,6 +134,29 @@ def plan(line: Line) -> int | None:
     return plan(config)
 
 
+def export(line: Line) -> int | None:
+    line.need("workdir", "runs/first")
+    line.need("to", "first.safetensors")
+    from attnlab.transfer import export_run
+
+    return export_run(**line.flags)
+
+
+def import_weights(line: Line) -> int | None:
+    if len(line.words) != 1:
+        raise UserError("import needs one file, for example attnlab import first.safetensors")
+    workdir = line.need("workdir", "runs/tuned")
+    from attnlab.overrides import load
+    from attnlab.tensors import open_tensors
+    from attnlab.transfer import config_of, import_file
+
+    source = open_tensors(line.words[0])
+    config = load(line.flags["config"]) if "config" in line.flags else config_of(source)
+    _change(config, line)
+    partial, command = line.flags.get("allow_partial", False), ["attnlab", *line.typed]
+    return import_file(source, workdir, config, allow_partial=partial, command=command)
+
+
 def list_known(line: Line) -> int | None:
     if len(line.words) > 1:
         raise UserError(f"list shows one thing at a time, not {' and '.join(line.words)}")
@@ -133,6 +185,23 @@ def report(line: Line) -> int | None:
     return report(workdirs=line.words, **line.flags)
 
 
+def launch(line: Line) -> int | None:
+    from attnlab.launch import launch
+
+    shape = line.need("local", "2x2")
+    name = line.words[0] if line.words else ""
+    together = [n for n, command in COMMANDS.items() if hosts.HOSTS.keys() <= command.flags.keys()]
+    if name not in together:
+        known = " or ".join(together)
+        raise UserError(
+            f"launch needs -- and then {known}, not {name!r}: launch --local 2x2 -- ..."
+        )
+    inner = parse_line(name, COMMANDS[name], line.words[1:])
+    if given := [flag for flag in hosts.PLACE if flag in inner.flags]:
+        raise UserError(f"--{given[0]}: launch says that itself; leave it out")
+    return launch(shape, line.words)
+
+
 CONFIG = {"config": Flag("a Python file with get_config(arg), or a .json", example="FILE[:ARG]")}
 WORKDIR = {"workdir": Flag("directory of the run", example="DIR")}
 STEP = {"step": Flag("which checkpoint; default the newest", int, "K")}
@@ -142,7 +211,14 @@ COMMANDS = {
         train,
         "Train, or go on training: the same command resumes. Without --config the config is that "
         "of the workdir.",
-        {**CONFIG, **WORKDIR},
+        {
+            **CONFIG,
+            **WORKDIR,
+            "step-timeout": Flag(
+                "exit 4 if no step ends for so long, compiling included (default off)", float, "S"
+            ),
+            **hosts.HOSTS,
+        },
         configured=True,
     ),
     "evaluate": Command(
@@ -156,6 +232,7 @@ COMMANDS = {
             "suite": Flag("long_context: at many lengths, up to --length", example="NAME"),
             "toy": Flag("a suite in a minute, of few tokens", bool),
             **STEP,
+            **hosts.HOSTS,
         },
     ),
     "generate": Command(
@@ -187,6 +264,22 @@ COMMANDS = {
                 "directory of the comparison; each entry has its own in it", example="DIR"
             ),
         },
+        configured=True,
+    ),
+    "sweep": Command(
+        sweep,
+        "Train every config of a list, which the get_config of a Python file returns, each in a "
+        "process and a directory of its own, and write a table. The same command goes on where it "
+        "was stopped and skips what is finished; what fails does not stop the rest. "
+        "With --slurm nothing is run or submitted: a script for a job array is written, and the "
+        "sbatch command for what is not finished is printed; its head may be edited and is kept.",
+        {
+            **CONFIG,
+            "workdir": Flag("directory of the sweep; each point has its own in it", example="DIR"),
+            "workers": Flag("processes at a time (default 1)", int, "K"),
+            "slurm": Flag("write a script for SLURM instead", bool),
+        },
+        "[FILE[:ARG]]",
         configured=True,
     ),
     "needle": Command(
@@ -240,6 +333,24 @@ COMMANDS = {
         {**CONFIG, **WORKDIR},
         configured=True,
     ),
+    "export": Command(
+        export,
+        "Write the parameters of a run, with its config, to a .safetensors file.",
+        {**WORKDIR, "to": Flag("file to write", example="FILE.safetensors"), **STEP},
+    ),
+    "import": Command(
+        import_weights,
+        "Make a new run that begins with the parameters of a .safetensors file: attnlab train goes "
+        "on from it. The config is that of the file, or --config, which may name another mechanism "
+        "or task. Says what matched; nothing is ever cast.",
+        {
+            **CONFIG,
+            "workdir": Flag("directory of the new run", example="DIR"),
+            "allow_partial": Flag("begin although some names match nothing", bool),
+        },
+        "FILE.safetensors",
+        configured=True,
+    ),
     "list": Command(
         list_known,
         "What can be chosen, of all kinds or of one; or all about one NAME.",
@@ -249,9 +360,16 @@ COMMANDS = {
     "data": Command(
         data, "Corpora: list them, get one, or describe one.", {}, "list|get|info [NAME]"
     ),
+    "launch": Command(
+        launch,
+        "Run train or evaluate as several processes on this machine, K of D virtual CPU devices "
+        "each, as if each were a host. The first that fails ends all and gives the exit code.",
+        {"local": Flag("processes and devices of each, such as 2x2", example="KxD")},
+        "-- train|evaluate [flags]",
+    ),
     "report": Command(
         report,
-        "Compare finished runs.",
+        "Compare finished runs, or the points of one sweep.",
         {"out": Flag("file to write", example="FILE")},
         "WORKDIR...",
     ),
@@ -259,7 +377,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; errors become one line on stderr."""
+    """Runs one command and returns its exit code; errors become one line on stderr.
+
+    One of several processes that fails does not return, see `hosts.leave`.
+    """
     if argv is None:
         large_pages.use()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -274,9 +395,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the flush at exit must not fail again
-        return UNREAD
+        return hosts.leave(UNREAD)
     except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else BUG if exit.code else 0
+        return hosts.leave(exit.code if isinstance(exit.code, int) else BUG if exit.code else 0)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED, debug)
     except AttnlabError as error:
@@ -334,8 +455,7 @@ def _of_attention(path: str) -> bool:
 
 def _config(line: Line):
     """The config of ``--config``, else that of the workdir, with the overrides, validated."""
-    from attnlab.limits import validate
-    from attnlab.overrides import load, override
+    from attnlab.overrides import load
     from attnlab.workdir import Workdir
 
     if "config" in line.flags or "workdir" not in line.flags:
@@ -343,17 +463,25 @@ def _config(line: Line):
     else:
         file = str(Workdir.existing(line.flags["workdir"]).path / "config.json")
     config = load(file)
+    _change(config, line)
+    return config
+
+
+def _change(config, line: Line) -> None:
+    """Sets what the line says of single fields, in place, and validates the whole."""
+    from attnlab.limits import validate
+    from attnlab.overrides import override
+
     for path, text in line.overrides:
         override(config, path, text)
     validate(config)
-    return config
 
 
 def _complain(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     print(f"attnlab: {message}", file=sys.stderr)
-    return code
+    return hosts.leave(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -56,14 +56,34 @@ def load(spec: str) -> ConfigDict:
     Raises `UserError` if the file is missing, cannot be parsed, has no ``get_config``, fails inside
     it, or returns something that is not a config of this version.
     """
+    found, path = _find(spec)
+    if isinstance(found, list | tuple):
+        raise UserError(f"{path} is a sweep of {len(found)} configs; attnlab sweep runs it")
+    return _checked(found, path)
+
+
+def load_sweep(spec: str) -> list[ConfigDict]:
+    """The configs of a sweep: a file as for `load`, whose ``get_config`` returns a list of them."""
+    found, path = _find(spec)
+    if not isinstance(found, list | tuple):
+        raise UserError(f"{path} is no sweep: its get_config must return a list of configs")
+    return [_checked(config, path) for config in found]
+
+
+def _find(spec: str) -> tuple[Any, str]:
+    """What a file gives, unchecked, and its path as it was typed."""
     match = re.fullmatch(r"(.+?\.(?:py|json))(?::(.*))?", spec, re.DOTALL)
     path, arg = match.groups() if match else (spec, None)
     file = Path(path).expanduser()
     if not match or not file.is_file():
         raise UserError(f"no config file {path!r}; {did_you_mean(path, _nearby(file))}")
     if file.suffix == ".json":
-        return from_json(file.read_text(encoding="utf-8"), path)
-    config = _get_config(file, path, arg)
+        return from_json(file.read_text(encoding="utf-8"), path), path
+    return _get_config(file, path, arg), path
+
+
+def _checked(config: Any, path: str) -> ConfigDict:
+    """A config that has all fields of this version and no others."""
     if not isinstance(config, ConfigDict) or not REGISTRIES.keys() <= set(config):
         kind = type(config).__name__
         raise UserError(f"{path}: get_config returned {kind}, not a config made from base()")

@@ -23,7 +23,13 @@ from attnlab.limits import validate
 from attnlab.model import Transformer, initial_memory
 from attnlab.optimizer import make_optimizer
 from attnlab.pointer import PointerNetwork, Trainable
-from attnlab.sharding import batch_sharding, make_mesh
+from attnlab.sharding import (
+    batch_sharding,
+    check_length,
+    gathered,
+    make_mesh,
+    tensor_axis,
+)
 from attnlab.statistics import merge, split
 from attnlab.step import blank, init_state, losses_of
 
@@ -65,16 +71,21 @@ def plan(config: ConfigDict) -> None:
     validate(config)
     mesh = make_mesh(config.mesh)
     batch_sharding(mesh, config.task.batch)
+    check_length(mesh, config.task.length)
     task, missing = None, ""
     try:
         task = tasks.build(config.task, seed=config.seed)
     except MissingError as error:
         missing = str(error)
     model = kind_of(config).make_model(config, task)
-    estimate = estimate_cost(config, model, mesh.size, mesh.shape["fsdp"])
+    tensor = mesh.shape["tensor"]
+    estimate = estimate_cost(config, model, mesh.size // tensor, mesh.shape["fsdp"], tensor)
     splits = {} if task is None else task.info().get("splits", {})
     tokens, available = splits.get("train", {}).get("tokens"), device_memory()
     print(describe(config, estimate, tokens, available, missing))
+    for name in gathered(mesh, config.attention.name, model.mechanisms):
+        what = f"{name} has no sequence-parallel form: every device gathers its whole sequence"
+        print(f"{'warning':<12}{what}, which activations leave out")
     if estimate.fixed > available:
         raise UserError(
             f"parameters, gradients and optimizer need {_bytes(estimate.fixed)} on each device, "
@@ -84,11 +95,13 @@ def plan(config: ConfigDict) -> None:
 
 
 def estimate_cost(
-    config: ConfigDict, model: Trainable, devices: int = 1, fsdp: int = 1
+    config: ConfigDict, model: Trainable, devices: int = 1, fsdp: int = 1, tensor: int = 1
 ) -> Estimate:
     """Counts parameters, FLOPs and bytes of a config and its model, which it traces in a second.
 
-    Activations are what autodiff keeps of one part of the batch, before XLA fuses any of it away.
+    Tokens are split among so many ``devices``, by rows or along the sequence; ``tensor`` of them
+    share their heads and hidden units. Activations are what autodiff keeps of one part of the
+    batch, before XLA fuses any of it away, and as if ``tensor`` split none of it.
     """
     length = config.task.length
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -97,7 +110,8 @@ def estimate_cost(
     parts = {name: _count(part) for name, part in learned["backbone"].items()}
     parts |= {name: _count(part) for name, part in learned.items() if name != "backbone"}
     layers = _layers(model, config.attention.name.split("+"), length)
-    gradients = _size(learned) * (2 if config.optimizer.accumulate > 1 else 1)
+    whole = partial(_size, tensor=tensor, head_dim=model.architecture.head_dim)
+    gradients = whole(learned) * (2 if config.optimizer.accumulate > 1 else 1)
     rows = config.task.batch // config.optimizer.accumulate
     return Estimate(
         parameters=parts,
@@ -106,7 +120,7 @@ def estimate_cost(
         attention_flops=sum(each.count * each.flops for each in layers.values()),
         decoding=sum(each.count * each.decoding for each in layers.values()),
         layers=layers,
-        fixed=(_size(state._replace(memory=())) + gradients) // fsdp
+        fixed=(whole(state._replace(memory=())) + gradients) // fsdp
         + _size(state.memory) // devices,
         activations=_residuals(model, state.params, rows, length) // devices,
     )
@@ -205,8 +219,14 @@ def _residuals(model: Trainable, params: Any, rows: int, length: int) -> int:
     return max(kept, 0)
 
 
-def _size(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _size(tree: Any, tensor: int = 1, head_dim: int = 1) -> int:
+    """Bytes on each of ``tensor`` devices that share what can be shared."""
+
+    def of(path: Sequence[Any], x: Any) -> int:
+        split = tensor_axis(tensor, path, x.shape, head_dim) is not None
+        return x.size * x.dtype.itemsize // (tensor if split else 1)
+
+    return sum(of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _count(tree: Any) -> int:

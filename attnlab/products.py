@@ -52,6 +52,10 @@ def projected(x: Array, kernel: Array) -> Array:
 def _projected_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    if jax.sharding.get_abstract_mesh().shape.get("seq", 1) > 1:
+        # Rows and tokens made one axis could not stay split along both.
+        both = tuple(range(x.ndim - 1))
+        return dx, lax.dot_general(x, dy, ((both, both), ((), ())))
     # Without the barrier XLA would compute x and dy anew, transposed.
     x, dy = lax.optimization_barrier([z.reshape(-1, z.shape[-1]) for z in (x, dy)])
     return dx, lax.dot_general(x, dy, (((0,), (0,)), ((), ())))

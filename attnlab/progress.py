@@ -20,7 +20,8 @@ class Progress:
     """Draws on `stream` (default stderr): rewrites one line on a terminal, else prints lines.
 
     `total` and `start` are steps. The first update only starts the clock, so that compilation does
-    not count as speed. A closed or broken stream silences it and never stops the run.
+    not count as speed. A closed or broken stream silences it and never stops the run. `process` is
+    the jax process index; others draw nothing.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class Progress:
         start: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        process: int = 0,
     ):
         self.total = total
         self.start = start
-        self._stream = sys.stderr if stream is None else stream
+        stream = sys.stderr if stream is None else stream
+        self._stream = stream if process == 0 else None
         self._clock = clock
         self._terminal = _is_terminal(self._stream)
         self._drawn: float | None = None  # when the last line was drawn

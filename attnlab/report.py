@@ -21,6 +21,7 @@ from attnlab.metrics import read_metrics
 from attnlab.page import count, image, number, plain, table, write_page
 from attnlab.plots import plot_contexts, plot_training
 from attnlab.scores import headline_of
+from attnlab.sweep_table import is_sweep, report_sweep
 from attnlab.workdir import Workdir
 
 SPREAD = "dilution.png"
@@ -180,11 +181,16 @@ SAME = ("corpus", "tokenizer", "length", "stride", "bytes", "task", "rows")
 
 def report(workdirs: Sequence[str], out: str | None = None) -> None:
     """Prints a table of finished runs, best first; writes it, or their curves, to ``out`` (.md or
-    .png). Runs that were not scored on the same bytes in the same way are said to differ.
+    .png). Runs that were not scored on the same bytes in the same way are said to differ. Of one
+    sweep: `attnlab.sweep_table.report_sweep`.
 
     Raises `UserError` for a workdir without a finished run or another ``out``, `DataError` for
     results that cannot be read or written.
     """
+    if swept := [path for path in workdirs if is_sweep(path)]:
+        if len(workdirs) > 1:
+            raise UserError(f"{swept[0]} is a sweep; report it by itself")
+        return report_sweep(swept[0], out)
     if out and Path(out).suffix not in (".md", ".png"):
         raise UserError(f"--out={out}: must end in .png (the curves) or .md (the table)")
     found = [_result(path) for path in workdirs]

@@ -11,6 +11,7 @@ from attnlab.config import from_json
 from attnlab.errors import UserError
 from attnlab.kinds import kind_of
 from attnlab.model import Transformer
+from attnlab.sharding import reading
 from attnlab.step import init_params
 from attnlab.workdir import Workdir
 
@@ -51,7 +52,7 @@ def open_run(path: str | Path, step: int | None = None) -> Run:
     file = workdir.path / "config.json"
     config = from_json(file.read_text(encoding="utf-8"), str(file))
     model, tokenizer = kind_of(config).open(config, workdir.path)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here, _ = reading()
     shapes = jax.eval_shape(lambda: init_params(model, config.seed))
     like = jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=here), shapes)
     part = "average" if config.optimizer.ema else "params"

@@ -44,11 +44,11 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
                 f"{entry['validation'][headline.key]:.4f}",
                 f"{recall[0]:.2f}" if recall else "–",
                 f"{recall[-1]:.2f}" if recall else "–",
-                _short(entry["tokens_per_second"]),
-                _short(entry["peak_bytes"], "B"),
+                short(entry["tokens_per_second"]),
+                short(entry["peak_bytes"], "B"),
                 number(entry.get("parameters")),
-                _short(entry.get("attention_flops")),
-                _short(entry.get("decoding_bytes"), "B"),
+                short(entry.get("attention_flops")),
+                short(entry.get("decoding_bytes"), "B"),
                 ", ".join(map(_growth, growth.values())) or "–",
             ]
         )
@@ -125,11 +125,11 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any], level: str = "### ") -> str:
     """Its tables in Markdown, under headings of that level."""
-    parts = [_markdown_table(columns(result), table_rows(result))]
+    parts = [markdown_table(columns(result), table_rows(result))]
     if bad := failures(result):
-        parts.append(_markdown_table(("entry", "state", "why"), bad))
+        parts.append(markdown_table(("entry", "state", "why"), bad))
     for section in sections(result):
-        shown = _markdown_table(section.head, section.rows)
+        shown = markdown_table(section.head, section.rows)
         parts.append(f"{level}{section.title}\n\n{section.note}\n\n{shown}")
     return "\n".join(parts)
 
@@ -275,13 +275,13 @@ def _recall_rows(needle: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*needle["distances"], needle["absent"]]
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[cell.replace("|", "&#124;") for cell in row] for row in (head, *rows)]
     cells.insert(1, ["---"] * len(head))
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
-def _short(value: float | None, unit: str = "") -> str:
+def short(value: float | None, unit: str = "") -> str:
     return "–" if value is None else _with_unit(format_power(value), unit)
 
 

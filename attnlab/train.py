@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from attnlab import tasks
+from attnlab import hosts, tasks
 from attnlab.checkpoint import Checkpoints
 from attnlab.config import mechanisms_of
 from attnlab.errors import DataError, UserError
@@ -31,9 +31,18 @@ from attnlab.metrics import Writer
 from attnlab.optimizer import make_optimizer, make_schedule
 from attnlab.progress import Progress, peak_memory
 from attnlab.scores import headline_of
-from attnlab.sharding import batch_sharding, make_mesh, put, state_shardings
+from attnlab.sharding import (
+    batch_sharding,
+    check_length,
+    gathered,
+    make_mesh,
+    put,
+    readers,
+    state_shardings,
+)
 from attnlab.signals import Signals
 from attnlab.step import State, init_state, make_step
+from attnlab.watchdog import Watchdog
 from attnlab.workdir import HARMLESS, Workdir
 
 log = logging.getLogger(__name__)
@@ -42,32 +51,56 @@ SKIPS = 20  # bad batches in a row after which skipping is no remedy
 REWINDS = 5  # in one run
 
 
-def train(config: ConfigDict, workdir: str | Path, command: Sequence[str] = ("attnlab",)) -> int:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    command: Sequence[str] = ("attnlab",),
+    patience: float = 0,
+) -> int:
     """Trains the run in ``workdir`` to ``config.train.steps``, from wherever it stands, then
     scores, samples, plots and reports it. Returns the exit code: 0, or 143 / 130 after a signal.
+    ``patience``: seconds that a step may take, after which the process exits; 0 = any.
 
     Raises `UserError` for a workdir of another config or a diverged run, `DataError` for data or
-    checkpoints that cannot be used or a disk that is full.
+    checkpoints that cannot be used or a disk that is full, `PeerError` where other processes of the
+    run are gone.
     """
     process = jax.process_index()
-    with Signals() as signals, Workdir(workdir, process=process) as run, storing(run.path):
+    with (
+        Signals() as signals,
+        Workdir(workdir, process=process) as run,
+        storing(run.path),
+        hosts.meeting(saved := Checkpoints(run.checkpoints).describe),
+    ):
+        together = hosts.Together(signals)
         # What saved nothing yet binds nobody: a wrong corpus or learning rate may be corrected.
         bound = Checkpoints(run.checkpoints).found()
         run.begin(config.to_dict(), command, harmless=HARMLESS if bound else ("*",))
+        hosts.need_shared(run.path / "run.json")
+        hosts.agree("the config", config.to_dict())
         if done := run.finished():
-            print(f"{run.path}: finished at step {done['step']}; nothing to do")
+            if process == 0:
+                print(f"{run.path}: finished at step {done['step']}; nothing to do")
             return 0
         mesh = make_mesh(config.mesh)
-        task: Any = tasks.build(config.task, seed=config.seed)
-        kind_of(config).begin(config, task, run.path)
+        check_length(mesh, config.task.length)
+        task: Any = hosts.in_turn(lambda: tasks.build(config.task, seed=config.seed))
+        hosts.agree("the data", task.info())
+        if process == 0:
+            kind_of(config).begin(config, task, run.path)
         announce(config, mesh)
-        if not signals.received:
-            trainer = Trainer(config, task, mesh, run)
-            with trainer.checkpoints, trainer.writer, trainer.progress, jax.set_mesh(mesh):
-                trainer.loop(lambda: signals.received is not None)
+        if not together.stop():
+            trainer, watchdog = Trainer(config, task, mesh, run), Watchdog(patience, saved)
+            with (
+                trainer.checkpoints,
+                trainer.writer,
+                trainer.progress,
+                jax.set_mesh(mesh),
+                watchdog,
+            ):
+                trainer.loop(watchdog.watching(together.stop))
             # Only now is the last step known to be on the disk.
-            with suppress(Stopped):
-                trainer.finish(lambda: signals.received is not None)
+            trainer.finish(together)
         return signals.exit_code
 
 
@@ -93,6 +126,9 @@ def announce(config: ConfigDict, mesh: Any) -> None:
     layers = list(dict.fromkeys(map(repr, mechanisms_of(config))))
     names = " + ".join(layers), config.position.name, config.normaliser.name
     log.info("attention: %s; position: %s; normaliser: %s", *names)
+    for name in gathered(mesh, config.attention.name, mechanisms_of(config)):
+        what = "has no sequence-parallel form: its sequence is gathered on every device"
+        log.info("attention %s %s", name, what)
 
 
 class Trainer:
@@ -103,7 +139,7 @@ class Trainer:
     """
 
     def __init__(self, config: ConfigDict, task: Any, mesh: Any, run: Workdir):
-        self.config, self.task, self.run = config, task, run
+        self.config, self.task, self.mesh, self.run = config, task, mesh, run
         self.kind = kind_of(config)
         self.model = self.kind.make_model(config, task)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -112,7 +148,8 @@ class Trainer:
         start = partial(init_state, self.model, optimizer, config)
         self.shapes = jax.eval_shape(start)
         rows = jax.tree.map(lambda _: self.rows, self.shapes.memory)
-        self.shardings = state_shardings(mesh, self.shapes)._replace(memory=rows)
+        shardings = state_shardings(mesh, self.shapes, self.model.architecture.head_dim)
+        self.shardings = shardings._replace(memory=rows)
         self.start = jax.jit(start, out_shardings=self.shardings)
         self.step = jax.jit(
             make_step(self.model, optimizer, config),
@@ -129,7 +166,7 @@ class Trainer:
         sinks = ["tensorboard"] * config.train.tensorboard + ["wandb"] * bool(config.train.wandb)
         begun = int(self.state.step)
         self.writer = Writer(run.path, begun, sinks, config.to_dict(), jax.process_index())
-        self.progress = Progress(config.train.steps, begun)
+        self.progress = Progress(config.train.steps, begun, process=jax.process_index())
         self.profiling = False
 
     def restore(self) -> None:
@@ -183,8 +220,7 @@ class Trainer:
 
     def batches(self, step: int) -> Any:
         """This process's rows of the batches from a step on."""
-        process, processes = jax.process_index(), jax.process_count()
-        rows = tasks.process_rows(self.config.task.batch, process, processes)
+        rows = tasks.process_rows(self.config.task.batch, *readers(self.rows))
         return self.task.batches(step + self.shift, rows)
 
     def advance(self, step: int, batches: Any, stop: Callable[[], bool]) -> bool:
@@ -312,25 +348,30 @@ class Trainer:
         spread = measure_spread(self.model, params, self.task, self.config, self.rows)
         self.writer.write(step, **spread)
 
-    def finish(self, stop: Callable[[], bool]) -> None:
-        """The scores, sample, plots and report of the last step. Raises `Stopped`."""
-        if stop():
-            raise Stopped
-        params, options = self.state.evaluated, {"stop": stop, "sharding": self.rows}
-        if jax.process_count() > 1:  # the others have left the loop: process 0 goes on alone
+    def finish(self, together: hosts.Together) -> None:
+        """The scores, sample, plots and report of the last step, by process 0, unless stopped."""
+        if together.stop():
+            return
+        params, sharding, step = self.state.evaluated, self.rows, int(self.state.step)
+        if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            params = multihost_utils.process_allgather(params, tiled=True)
-            options["sharding"] = None
-        if jax.process_index() == 0:
-            step = int(self.state.step)
-            self.kind.finish(self.run, self.config, self.task, self.model, params, step, **options)
+            params, sharding = multihost_utils.process_allgather(params, tiled=True), None
+        # Sequences are split where a mesh is in use, which takes all processes.
+        splits = sharding is not None and self.mesh.shape["seq"] > 1
+
+        def work(stop: Callable[[], bool]) -> None:
+            about = self.run, self.config, self.task, self.model, params, step
+            with jax.set_mesh(self.mesh) if splits else nullcontext(), suppress(Stopped):
+                self.kind.finish(*about, stop=stop, sharding=sharding)
+
+        together.alone(work)
 
     def profile(self, step: int | None) -> None:
         """Writes a trace of the steps in the window that the config names, for xprof to show; None
         ends it early."""
         start, count = self.config.train.profile_start, self.config.train.profile_steps
-        if count and step == start:
+        if count and step == start and jax.process_index() == 0:
             jax.profiler.start_trace(str(self.run.path / "profile"))
             self.profiling = True
         elif self.profiling and (step is None or step >= start + count):

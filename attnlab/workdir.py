@@ -117,6 +117,12 @@ class Workdir:
             if any(_matches(path, growing) for path in changes):
                 run["finished"] = None
         attempt = describe_attempt(command, overrides)
+        before = [a.get("devices") for a in run["attempts"][-1:]]
+        if before not in ([], [attempt["devices"]]):
+            log.warning(
+                "other devices than before (%s -> %s): sums may differ in their last digits",
+                *map(_show, (*before, attempt["devices"])),
+            )
         run["attempts"].append(attempt)
         try:
             write_json(self.path / "config.json", config)

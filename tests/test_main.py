@@ -64,7 +64,7 @@ def complaint(capsys) -> str:
     [
         ("trian", "unknown command 'trian'; did you mean 'train'?"),
         ("train", "attnlab: train needs --workdir, for example --workdir=runs/first"),
-        ("train --confg=x", "attnlab: train has no flag --confg; did you mean '--config'?"),
+        ("train --confg=x", "attnlab: train has no flag --confg; did you mean '--config'"),
         ("train --workdir", "--workdir needs a value"),
         ("train now", "'now' is not a flag"),
         ("train --workdir=w", "/w (no config.json)"),

@@ -87,6 +87,19 @@ def test_memory_of_a_device_is_shared_over_the_mesh():
     one, many = (counted(small(), n, f) for n, f in ((1, 1), (8, 2)))
     assert many.activations == one.activations // 8
     assert many.fixed == one.fixed // 2
+    heads = counted(small(), 1, 1, 2)
+    kernels = 2 * (4 * 32 * 32 + 3 * 32 * 128)
+    assert one.fixed - heads.fixed == 4 * 4 * kernels // 2  # gradients and two moments too
+
+
+def test_the_plan_of_a_mesh_that_splits_sequences_names_who_gathers_them(corpus, capsys):
+    mesh = "mesh=data:2,seq:4"
+    plan(small("softmax+strided", corpus, mesh))
+    out = capsys.readouterr().out
+    assert "strided has no sequence-parallel form" in out
+    assert "softmax has" not in out
+    with pytest.raises(UserError, match=r"use task.length=36, or seq:2"):
+        plan(small("softmax", corpus, mesh, "task.length=34"))
 
 
 def test_window_keeps_no_more_activations_than_softmax():

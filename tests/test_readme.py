@@ -11,7 +11,7 @@ import pytest
 from attnlab.flags import parse_line
 from attnlab.limits import validate
 from attnlab.main import COMMANDS
-from attnlab.overrides import load, override
+from attnlab.overrides import load, load_sweep, override
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,8 +74,9 @@ def test_every_command_can_be_typed(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, name, *words = shlex.split(command)
     line = parse_line(name, COMMANDS[name], words)
-    if "config" in line.flags:
-        config = load(line.flags["config"])
+    file = line.flags.get("config")
+    configs = [] if file is None else load_sweep(file) if name == "sweep" else [load(file)]
+    for config in configs:
         for path, text in line.overrides:
             override(config, path, text)
         validate(config)
@@ -93,6 +94,14 @@ def test_every_file_that_is_named_exists(page):
         assert (page.parent / link).exists(), link
     for path in re.findall(r"\b(?:attnlab|configs|docs|experiments|tests)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_is_named_exists(page):
+    named = re.findall(r"`(tests/[\w/]+\.py) -k (\w+)`", page.read_text(encoding="utf-8"))
+    for file, word in named:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def (test|check)_\w*{word}", text, re.MULTILINE), (file, word)
 
 
 def test_python_blocks_run():

@@ -383,6 +383,7 @@ CORPUS = f"text:{Path(__file__).parent}/tiny.py"
         (["--config.task.length=100000"], 3, "fewer than one sequence of 100,000"),
         (["--config.task.batch=3"], 2, "does not divide among 8 devices"),
         (["--config.mesh=data:3"], 2, "use data:8 or data:-1"),
+        (["--config.mesh=seq:8", "--config.task.length=36"], 2, "use task.length=40, or seq:4"),
         (["--config.task.length=8", "--config.sample.prompt=too long a one"], 2, "has 15 tokens"),
         (["--config.train.on_nan=ignore"], 2, "not one of abort, skip, rewind"),
     ],

@@ -96,6 +96,17 @@ def test_a_harmless_change_is_logged_and_keeps_a_finished_run_finished(begun, ca
     assert "train.keep: absent -> 5" in caplog.text
 
 
+def test_other_devices_than_before_are_logged(begun, caplog):
+    begun.begin(change(), COMMAND)
+    assert "other devices" not in caplog.text
+    run = json.loads((begun.path / "run.json").read_text())
+    run["attempts"][-1]["devices"]["processes"] = 7
+    (begun.path / "run.json").write_text(json.dumps(run))
+    begun.begin(change(), COMMAND)
+    assert '"processes": 7} -> {' in caplog.text
+    assert "sums may differ in their last digits" in caplog.text
+
+
 def test_a_finished_run_says_so(begun):
     assert begun.finished() is None
     begun.finish(100, loss=1.5)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, Dims
-from attnlab.engines import report_use
+from attnlab.engines import passing, report_use, sharded
 from attnlab.engines.undecayed import State, by_rows, initial_state, latest_document, pad
 from attnlab.products import collected, mixed, scores
 
@@ -45,9 +45,21 @@ def attend(
     at a time, rounded up to a power of two. Returns ``out`` [B N H E] f32, 0 in empty slots, and
     the `State` after the last token. Cost: O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
     """
-    report_use("delta", "XLA")
     B, N, H, D = q.shape
     G, E = v.shape[2:]
+    if not state and sharded.count(N) > 1:
+
+        def engine(tokens, seg, state):
+            q, k, v, beta, decay = tokens
+            return attend(q, k, v, beta, decay, seg, State(*state), chunk=chunk)
+
+        def summarise(tokens, seg):
+            return _summary(tokens[1:], seg, chunk)
+
+        tokens = q, k, v, beta, decay
+        out, after = passing.attend(engine, summarise, jnp.matmul, tokens, seg, (H, G))
+        return out, State(*after)
+    report_use("delta", "XLA")
     state = state or initial_state(B, G, D, E)
     size = 1 << (min(chunk, N) - 1).bit_length()
 
@@ -58,6 +70,19 @@ def attend(
     tokens = q.reshape(B, N, G, H // G, D), k, v, beta[..., None], decay[..., None]
     out, after = _attend(tuple(map(tiles, tokens)), tiles(seg, -1), state)
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, E)[:, :N], after
+
+
+def _summary(tokens: tuple[Array, ...], seg: Array, chunk: int):
+    """The state that tokens leave by themselves, and the matrix [B G D D] that they leave of the
+    one before them: both from one pass, from the state [0, I] and with the values [v, 0]."""
+    k, v, beta, decay = tokens
+    (B, _, G, D), E = k.shape, v.shape[-1]
+    values = jnp.concatenate([v, jnp.zeros_like(k, v.dtype)], -1)
+    memory, _ = initial_state(B, G, D, E + D)
+    first = jnp.take_along_axis(seg, jnp.argmax(seg >= 0, 1)[:, None], 1)[:, 0]
+    state = State(memory.at[..., E:].set(jnp.eye(D)), first)
+    _, (memory, latest) = attend(k, k, values, beta, decay, seg, state, chunk=chunk)
+    return (memory[..., :E], latest), memory[..., E:]
 
 
 def attend_by_token(

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, Dims
-from attnlab.engines import report_use, undecayed
+from attnlab.engines import passing, report_use, sharded, undecayed
 from attnlab.engines.undecayed import State, by_rows, initial_state, latest_document, pad
-from attnlab.products import mixed, scores
+from attnlab.products import collected, mixed, scores
 
 
 def attend(
@@ -52,9 +52,22 @@ def attend(
     """
     if key_decay is None and value_decay is None:
         return undecayed.attend(q, k, v, seg, state, chunk=chunk, mean=mean)
-    report_use("recurrent", "XLA")
     B, N, H, D = q.shape
     G, E = v.shape[2:]
+    if not state and sharded.count(N) > 1:
+
+        def engine(tokens, seg, state):
+            (q, k, v, a, b), state = tokens, State(*state)
+            fading = {"key_decay": a, "value_decay": b}
+            return attend(q, k, v, seg, state, **fading, chunk=chunk, mean=mean)
+
+        def summarise(tokens, seg):
+            return _summary(mean, seg, *tokens[1:])
+
+        tokens = q, k, v, key_decay, value_decay
+        out, after = passing.attend(engine, summarise, _moved, tokens, seg, (H, G))
+        return out, State(*after)
+    report_use("recurrent", "XLA")
     if not state:
         state = initial_state(B, G, D, E + mean)
     size = 1 << (min(chunk, N) - 1).bit_length()
@@ -127,17 +140,35 @@ def sums_between(decay: Array) -> Array:
     return jnp.cumsum(decay * later, -2)
 
 
+def _summary(mean: bool, seg: Array, k: Array, v: Array, a: Array | None, b: Array | None):
+    """The state that tokens [B N G ...] leave by themselves, and what they leave of the one before
+    them: factors [B G D or 1 1] and [B G 1 E or 1]."""
+    latest, _ = latest_document(seg, jnp.full(seg.shape[0], -1, jnp.int32))
+    k, v, a, b = jax.tree.map(lambda z: _heads_first(z, seg >= 0), (k, v, a, b))
+    kept = ((seg == latest[:, None]) & (seg >= 0))[:, None, :, None]
+    k = jnp.where(kept, _faded(k, a, sums_until), 0)
+    memory = collected(k, _faded(with_one(v) if mean else v, b, sums_until))
+    none = jnp.zeros((*k.shape[:2], 1, 1))
+    a, b = (none if z is None else jnp.sum(z, 2, keepdims=True) for z in (a, b))
+    return (memory, latest), (jnp.exp(a).swapaxes(-1, -2), jnp.exp(b))
+
+
+def _moved(factors: tuple[Array, Array], memory: Array) -> Array:
+    over_keys, over_values = factors
+    return over_keys * memory * over_values
+
+
+def _heads_first(z: Array, full: Array) -> Array:
+    """[B C ... X] -> f32 [B ... C X], 0 in empty slots."""
+    full = full.reshape(*full.shape, *[1] * (z.ndim - 2))
+    return jnp.moveaxis(jnp.where(full, z.astype(jnp.float32), 0), 1, -2)
+
+
 def _chunk(mean: bool, state: State, tokens: tuple) -> tuple[State, Array]:
     """One step of the scan: ``seg`` [B C], ``q`` [B C G R D], ``k`` [B C G D], ..."""
     seg, *arrays = tokens
 
-    def heads_first(z: Array) -> Array:
-        """f32 [B G ... C X], 0 in empty slots."""
-        z = z.astype(jnp.float32)
-        full = (seg >= 0).reshape(*seg.shape, *[1] * (z.ndim - 2))
-        return jnp.moveaxis(jnp.where(full, z, 0), 1, -2)
-
-    q, k, v, a, b = jax.tree.map(heads_first, arrays)
+    q, k, v, a, b = jax.tree.map(lambda z: _heads_first(z, seg >= 0), arrays)
     v = with_one(v) if mean else v
     along_axis = any(z is not None and z.shape[-1] > 1 for z in (a, b))
     within = _within_by_halves if along_axis else _within_by_table

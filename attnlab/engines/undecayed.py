@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array
-from attnlab.engines import report_use
+from attnlab.engines import passing, report_use, sharded
 from attnlab.products import collected, mixed, scores
 
 
@@ -61,9 +61,21 @@ def attend(
     positive; the memory then has E + 1 columns, the last of them z. Cost:
     O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
     """
-    report_use("undecayed", "XLA")
     B, N, H, _ = q.shape
     G, E = v.shape[2:]
+    if not state and sharded.count(N) > 1:
+
+        def engine(tokens, seg, state):
+            q, k, v = tokens
+            options = {"chunk": chunk, "mean": mean, "features": features}
+            return attend(q, k, v, seg, State(*state), **options)
+
+        def summarise(tokens, seg):
+            return _left(tokens[1], tokens[2], seg, mean, features), ()
+
+        out, after = passing.attend(engine, summarise, _kept, (q, k, v), seg, (H, G))
+        return out, State(*after)
+    report_use("undecayed", "XLA")
     if not state:
         D = jax.eval_shape(features, k).shape[-1]
         state = initial_state(B, G, D, E + mean)
@@ -76,6 +88,21 @@ def attend(
     tokens = tuple(tiles(z) for z in (q.reshape(B, N, G, H // G, -1), k, v))
     out, after = _attend((mean, features), *tokens, tiles(seg, -1), state)
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, H, E)[:, :N], after
+
+
+def _left(k: Array, v: Array, seg: Array, mean: bool, features: Callable) -> tuple[Array, Array]:
+    """The state that tokens [B N ...] leave by themselves."""
+    latest, _ = latest_document(seg, jnp.full(seg.shape[0], -1, jnp.int32))
+    kept = ((seg == latest[:, None]) & (seg >= 0))[:, None, :, None]
+    k, v = _mapped(features, _heads_first(k), kept), jnp.where(kept, _heads_first(v), 0.0)
+    if mean:
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+    return collected(k, v), latest
+
+
+def _kept(factor: tuple[()], memory: Array) -> Array:
+    """A memory that nothing fades."""
+    return memory
 
 
 def pad(z: Array, size: int, fill: int) -> Array:

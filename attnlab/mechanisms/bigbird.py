@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnlab.core import Array, Cost, Dims, Mechanism, Pattern, Result, count_pairs
-from attnlab.engines import blockwise, dense
+from attnlab.engines import dense, ring
 from attnlab.errors import UserError
 from attnlab.registry import register
 
@@ -100,6 +100,7 @@ class BigBird(Mechanism):
     seed: int = 0
 
     cost = Cost(time=1, memory=1, state=1)
+    spreads = True
 
     def __post_init__(self):
         if self.block < 1 or self.window < 1 or self.first < 0 or self.random < 0:
@@ -118,7 +119,7 @@ class BigBird(Mechanism):
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         tile = min(512, max(TILE, self.block))
-        out, lse = blockwise.attend(queries, keys, rule.restrict(self.pattern), tile)
+        out, lse = ring.attend(queries, keys, rule.restrict(self.pattern), tile)
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Pattern, Result, count_pairs
-from attnlab.engines import blockwise, dense
+from attnlab.engines import dense, neighbours
 from attnlab.errors import UserError
 from attnlab.registry import register
 
@@ -49,6 +49,7 @@ class Block(Mechanism):
     offset: int = 0
 
     cost = Cost(time=1, memory=1, state=0)
+    spreads = True
 
     def __post_init__(self):
         if self.block < 1 or not 0 <= self.offset < self.block:
@@ -71,7 +72,8 @@ class Block(Mechanism):
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         keys, state = self._remember(keys, state)
         tile = min(512, max(64, self.block))
-        out, lse = blockwise.attend(queries, keys, rule.restrict(self.pattern), tile)
+        rule = rule.restrict(self.pattern)
+        out, lse = neighbours.attend(queries, keys, rule, tile, self.block)
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):

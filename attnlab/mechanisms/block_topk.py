@@ -23,7 +23,7 @@ from attnlab.engines import blockwise, dense, parts
 from attnlab.engines.blocksparse import Tiled, blocks_of, by_position, visit
 from attnlab.errors import UserError
 from attnlab.mechanisms.block import Same
-from attnlab.refusals import refuse_bidirectional, refuse_normaliser
+from attnlab.refusals import key_of, refuse_bidirectional, refuse_normaliser
 from attnlab.registry import register
 
 
@@ -55,7 +55,7 @@ class BlockTopK(Mechanism):
     def __post_init__(self):
         if self.block < 1 or self.chosen < 1:
             raise UserError(
-                f"block_topk: block={self.block}, chosen={self.chosen}; use block, chosen >= 1"
+                f"{key_of(self)}: block={self.block}, chosen={self.chosen}; use block, chosen >= 1"
             )
 
     @property
@@ -78,8 +78,8 @@ class BlockTopK(Mechanism):
         return Result(out, state, {"lse": lse})
 
     def _refuse(self, rule: Rule) -> None:
-        refuse_bidirectional("block_topk", rule, "only blocks that are past can be chosen")
-        refuse_normaliser("block_topk", rule)
+        refuse_bidirectional(key_of(self), rule, "only blocks that are past can be chosen")
+        refuse_normaliser(key_of(self), rule)
 
     def _choose(self, queries: Queries, keys: Keys, rule: Rule) -> Array:
         """The blocks every query attends to, −1 where there are fewer: int32 [B H N κ], in f32

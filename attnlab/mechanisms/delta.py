@@ -43,6 +43,7 @@ class Delta(Mechanism):
     chunk: int = 64
 
     cost = Cost(time=1, memory=1, state=0)
+    spreads = True
 
     def __post_init__(self):
         if self.chunk < 1 or not 0 < self.rate <= 2:

@@ -42,6 +42,7 @@ class GatedSlots(Mechanism):
     chunk: int = 64
 
     cost = Cost(time=1, memory=1, state=0)
+    spreads = True
 
     def __post_init__(self):
         if self.slots < 1 or self.damping <= 0 or self.chunk < 1:

@@ -29,6 +29,7 @@ class Linear(Mechanism):
     chunk: int = 64
 
     cost = Cost(time=1, memory=1, state=0)
+    spreads = True
     isotropic = False
 
     def __post_init__(self):

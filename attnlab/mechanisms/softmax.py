@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from attnlab.core import Cost, Dims, Mechanism, Result, count_pairs
-from attnlab.engines import blockwise, dense
+from attnlab.engines import dense, ring
 from attnlab.errors import UserError
 from attnlab.registry import register
 
@@ -22,13 +22,14 @@ class Softmax(Mechanism):
     tile: int | None = None  # tokens per tile, where fewer are wanted than fit into the cache
 
     cost = Cost(time=2, memory=1, state=1)
+    spreads = True
 
     def __post_init__(self):
         if self.tile is not None and self.tile < 1:
             raise UserError(f"softmax: tile={self.tile}; use at least 1, or none")
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        out, lse = blockwise.attend(queries, keys, rule, self.tile)
+        out, lse = ring.attend(queries, keys, rule, self.tile)
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Pattern, Result, count_pairs
-from attnlab.engines import blockwise, dense
+from attnlab.engines import dense, neighbours
 from attnlab.errors import UserError
 from attnlab.registry import register
 
@@ -45,6 +45,7 @@ class Window(Mechanism):
     sinks: int = 0
 
     cost = Cost(time=1, memory=1, state=0)
+    spreads = True
 
     def __post_init__(self):
         if self.window < 1 or self.sinks < 0:
@@ -63,7 +64,7 @@ class Window(Mechanism):
         keys, state = self._remember(keys, state)
         tile = max(64, 1 << (self.window // 4).bit_length())
         rule = rule.restrict(Near(self.window, self.sinks))
-        out, lse = blockwise.attend(queries, keys, rule, tile)
+        out, lse = neighbours.attend(queries, keys, rule, tile, self.window, self.sinks)
         return Result(out, state, {"lse": lse})
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):

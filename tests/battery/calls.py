@@ -12,7 +12,7 @@ from battery.cases import Case, Inputs
 AS_USERS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
+    **({"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}),
 }
 """Compiler options undone that `conftest` sets for all tests."""
 
