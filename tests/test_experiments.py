@@ -38,11 +38,15 @@ def test_dilution_lies_in_its_bands(monkeypatch):
     assert module.outside(rows, bands) == []
 
 
-@pytest.mark.parametrize("name", ["context", "extrapolation", "needle", "pointer"])
+@pytest.mark.parametrize(
+    "name", ["capacity", "context", "extrapolation", "mqar", "needle", "pointer"]
+)
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
-    found = next(results[key] for key in ("models", "bits_per_byte", "rows") if key in results)
+    found = next(
+        results[key] for key in ("models", "bits_per_byte", "rows", "rules") if key in results
+    )
     for claim in claims:
         assert module.held(claim, found), claim
 
