@@ -66,7 +66,10 @@ def load_sweep(spec: str) -> list[ConfigDict]:
     """The configs of a sweep: a file as for `load`, whose ``get_config`` returns a list of them."""
     found, path = _find(spec)
     if not isinstance(found, list | tuple):
-        raise UserError(f"{path} is no sweep: its get_config must return a list of configs")
+        raise UserError(
+            f"{path} is no sweep: its get_config must return a list of configs; "
+            "attnlab train runs a single one"
+        )
     return [_checked(config, path) for config in found]
 
 

@@ -6,10 +6,11 @@ import types
 
 import pytest
 
-from attnlab import main as cli
+from attnlab.commands import COMMANDS
 from attnlab.config import base, to_json
 from attnlab.errors import DataError, UserError
-from attnlab.main import COMMANDS, main
+from attnlab.flags import Command
+from attnlab.main import main
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +156,7 @@ def test_errors_map_to_exit_codes_and_one_line(capsys, monkeypatch, error, code,
     def fails(line):
         raise error
 
-    monkeypatch.setitem(COMMANDS, "list", cli.Command(fails, "", {}))
+    monkeypatch.setitem(COMMANDS, "list", Command(fails, "", {}))
     assert main(["list"]) == code
     assert message in complaint(capsys)
 
@@ -167,7 +168,7 @@ def test_a_handled_signal_keeps_its_exit_code(monkeypatch, leaving, code):
     def leaves(line):
         raise SystemExit(leaving)
 
-    monkeypatch.setitem(COMMANDS, "list", cli.Command(leaves, "", {}))
+    monkeypatch.setitem(COMMANDS, "list", Command(leaves, "", {}))
     assert main(["list"]) == code
 
 
@@ -175,7 +176,7 @@ def test_the_traceback_is_printed_only_with_debug(capsys, monkeypatch):
     def fails(line):
         raise UserError("typed wrong")
 
-    monkeypatch.setitem(COMMANDS, "list", cli.Command(fails, "", {}))
+    monkeypatch.setitem(COMMANDS, "list", Command(fails, "", {}))
     assert main(["list", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from attnlab.commands import COMMANDS
 from attnlab.flags import parse_line
 from attnlab.limits import validate
-from attnlab.main import COMMANDS
 from attnlab.overrides import load, load_sweep, override
 
 ROOT = Path(__file__).parents[1]

@@ -71,8 +71,7 @@ class BlockTopK(Mechanism):
         out, lse = blockwise.attend(queries, keys, plain.restrict(Same(self.block)), tile)
         keys = by_position(keys.cleared(), self.block)
         queries = jax.tree.map(jnp.asarray, queries.cleared())
-        choice = self._choose(queries, keys, rule)
-        far, far_lse = self._attend_chosen(queries, keys, plain, choice)
+        far, far_lse = self._attend_past(params, queries, keys, rule)
         out, lse = parts.merge([out.swapaxes(1, 2), *far], [lse, *far_lse])
         out = rule.tap("heads", out.swapaxes(1, 2).astype(queries.q.dtype))
         return Result(out, state, {"lse": lse})
@@ -80,6 +79,12 @@ class BlockTopK(Mechanism):
     def _refuse(self, rule: Rule) -> None:
         refuse_bidirectional(key_of(self), rule, "only blocks that are past can be chosen")
         refuse_normaliser(key_of(self), rule)
+
+    def _attend_past(self, params, queries: Queries, keys: Keys, rule: Rule):
+        """What the chosen blocks give every query, one after the other: out [κ B H N E], and the
+        logarithms of their weights [κ B H N]."""
+        choice = self._choose(queries, keys, rule)
+        return self._attend_chosen(queries, keys, dataclasses.replace(rule, taps=()), choice)
 
     def _choose(self, queries: Queries, keys: Keys, rule: Rule) -> Array:
         """The blocks every query attends to, −1 where there are fewer: int32 [B H N κ], in f32

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import MASK, Array, Dims, Keys, Queries, Result, Rule
-from attnlab.engines import blockwise, dense, parts
-from attnlab.engines.blocksparse import by_position
+from attnlab.engines import dense
 from attnlab.engines.tiling import cut
 from attnlab.mechanisms.block import Same
 from attnlab.mechanisms.block_topk import BlockTopK
@@ -43,20 +42,10 @@ class Landmark(BlockTopK):
     def init(self, key: Array, dims: Dims):
         return {"landmark": jnp.zeros((dims.kv_heads, dims.key_dim))}
 
-    def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
-        if rule.observed:
-            return self.reference(params, queries, keys, rule, state)
-        self._refuse(rule)
-        plain = dataclasses.replace(rule, taps=())
-        tile = min(512, max(64, self.block))
-        out, lse = blockwise.attend(queries, keys, plain.restrict(Same(self.block)), tile)
-        keys = by_position(keys.cleared(), self.block)
-        queries = jax.tree.map(jnp.asarray, queries.cleared())
+    def _attend_past(self, params, queries: Queries, keys: Keys, rule: Rule):
         score, choice = self._retrieve(params, queries, keys, rule)
-        far, _ = self._attend_chosen(queries, keys, plain, choice)
-        out, lse = parts.merge([out.swapaxes(1, 2), *far], [lse, *score])
-        out = rule.tap("heads", out.swapaxes(1, 2).astype(queries.q.dtype))
-        return Result(out, state, {"lse": lse})
+        plain = dataclasses.replace(rule, taps=())
+        return self._attend_chosen(queries, keys, plain, choice)[0], score
 
     def _retrieve(self, params, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
         """The κ highest landmark logits [κ B H N], `MASK` where there are fewer, and their blocks
