@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from attnlab import errors
 from attnlab.commands import COMMANDS
 from attnlab.flags import parse_line
 from attnlab.limits import validate
@@ -80,6 +81,12 @@ def test_every_command_can_be_typed(command, monkeypatch):
         for path, text in line.overrides:
             override(config, path, text)
         validate(config)
+
+
+def test_every_exit_code_has_a_row():
+    codes = {thing.code for thing in vars(errors).values() if hasattr(thing, "code")}
+    assert len(codes) == 4
+    assert codes <= set(map(int, re.findall(r"^\| (\d+) \|", README, re.MULTILINE)))
 
 
 def test_there_are_commands_to_check():
