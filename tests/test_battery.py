@@ -77,8 +77,8 @@ WEIGHED = (
     experiment.check_learning,
     experiment.check_shift,
 )
-"""Checked on the first example of every mechanism with every normaliser when slow tests are
-selected."""
+"""Shared out among the normalisers of a mechanism, its first example, when slow tests are selected:
+every mechanism meets every check, and so does every normaliser."""
 
 HOSTS = ("softmax", "window")
 """The mechanisms with which every position is always checked."""
@@ -143,9 +143,22 @@ def test_normalisers(case):
     verify(weighing.check_weighing, case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", cases(weighed(), []))
-@pytest.mark.parametrize("check", WEIGHED, ids=promise)
+def share(number):
+    """The cases that a check is done for, by its number among `WEIGHED`: one of every mechanism,
+    the next normaliser for the next mechanism."""
+    kinds = len(weighed()) // len(first_of_each())
+    turns = [(i // kinds + i) % len(WEIGHED) for i in range(len(weighed()))]
+    return [case for turn, case in zip(turns, weighed()) if turn == number]
+
+
+@pytest.mark.parametrize(
+    ("check", "case"),
+    [
+        pytest.param(check, *case.values, id=f"{promise(check)}-{case.id}", marks=case.marks)
+        for number, check in enumerate(WEIGHED)
+        for case in cases(share(number), [])
+    ],
+)
 def test_normalisers_further(check, case):
     verify(check, case)
 
