@@ -1,5 +1,7 @@
 """Values come in order, a bounded number early, and no thread outlives the iterator."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -36,6 +38,12 @@ def test_dropping_the_iterator_ends_the_threads():
     next(values)
     del values
     assert not reading_threads()
+
+
+def test_a_program_that_ends_with_it_says_nothing():
+    use = "import jax; from attnlab.data.prefetch import prefetch; v = prefetch(str, 0); next(v)"
+    done = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_an_exception_comes_out_at_its_step_and_ends_the_threads():

@@ -4,6 +4,7 @@ Batches are pure functions of the step, so there is no iterator state to save: t
 at another step.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +21,16 @@ def prefetch(
     An exception of `make` is raised at its step. Closing the iterator, or dropping it, ends the
     threads after what they are computing.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    finalizing = sys.is_finalizing  # a name of a module may be gone by then
+    try:
         waiting = deque(pool.submit(make, start + n) for n in range(ahead))
         start += ahead
-        try:
-            while True:
-                ready = waiting.popleft().result()
-                waiting.append(pool.submit(make, start))
-                start += 1
-                yield ready
-        finally:
-            for future in waiting:
-                future.cancel()
+        while True:
+            ready = waiting.popleft().result()
+            waiting.append(pool.submit(make, start))
+            start += 1
+            yield ready
+    finally:
+        if not finalizing():  # after which the threads have ended and their module may be empty
+            pool.shutdown(cancel_futures=True)
