@@ -1,4 +1,4 @@
-"""Trains small pointer networks to name the corners of convex hulls: results.json.
+"""Trains small pointer networks to name hulls, tours and triangles: results.json.
 
 python experiments/pointer/measure.py [RUN ...]
 
@@ -29,16 +29,18 @@ from attnlab.step import init_state, make_step
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "pointer.py"
 RESULTS, EXPECTED = HERE / "results.json", HERE / "expected.json"
-POINTS = 20  # the most of a scored row; the fewest are 5
-SCORED = 16_000  # rows of the test split: a thousand of each number of points
+FEWEST = 5  # points of a row
+SCORED = 1000  # rows of the test split of each number of points
 
 
 class Run(NamedTuple):
-    """What differs from configs/pointer.py, and whether an LSTM reads the points, as in the
-    paper."""
+    """What differs from configs/pointer.py, whether an LSTM reads the points, as in the paper, the
+    task, and the most points of a scored row."""
 
     lstm: bool
     changes: dict[str, Any]
+    task: str = "hull"
+    most: int = 20
 
 
 LSTM = {"model.width": 96, "optimizer.learning_rate": 3e-3}
@@ -46,11 +48,13 @@ RUNS = {
     "lstm, 5 points": Run(True, {**LSTM, "task.length": 5, "train.steps": 4000}),
     "lstm, 5 to 10": Run(True, {**LSTM, "train.steps": 8000}),
     "softmax, 5 to 10": Run(False, {}),
+    "softmax, tour of 5 to 10": Run(False, {}, "tsp", 12),
+    "softmax, triangles of 5 to 10": Run(False, {}, "delaunay", 12),
 }
 
 
 def config_of(run: Run) -> ConfigDict:
-    config = load(str(CONFIG))
+    config = load(f"{CONFIG}:task={run.task}")
     for path, value in run.changes.items():
         override(config, path, str(value))
     return config
@@ -75,9 +79,10 @@ def measure(run: Run) -> dict:
         if number % 500 == 0:
             print(f"  step {number}: {float(metrics['loss']):.3f} nats", flush=True)
     trained = time.process_time() - start
-    options = {"length": POINTS, "tokens": POINTS * SCORED}
+    options = {"length": run.most, "tokens": run.most * SCORED * (run.most - FEWEST + 1)}
     found = score_named(model, state.params, task, config, "test", config.train.steps, **options)
     return {
+        "task": run.task,
         "changes": run.changes,
         "steps": config.train.steps,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -110,7 +115,7 @@ def main(names: Sequence[str]) -> None:
         "hardware": f"1 CPU core, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "config": "configs/pointer.py",
-        "scored rows": SCORED,
+        "scored rows": f"{SCORED} of each number of points",
     }
     for name in names or RUNS:
         print(name, flush=True)
