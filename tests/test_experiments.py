@@ -62,6 +62,13 @@ def test_the_arena_lies_in_its_bands_and_its_tables_are_what_was_measured(monkey
     assert module.tables(runs, expected) in text
 
 
+def test_every_twin_trains_in_one_sitting(monkeypatch):
+    module = load("twins", "measure.py", monkeypatch)
+    twins, expected = read("twins", "results.json")["twins"], read("twins", "expected.json")
+    assert module.outside(twins, expected) == []
+    assert len(module.outside({}, expected)) == len(twins)
+
+
 def test_compared_runs_lie_in_their_bands(monkeypatch):
     module = load("article_comparison", "record.py", monkeypatch)
     recorded = {k: v for k, v in read("article_comparison", "results.json").items() if v}

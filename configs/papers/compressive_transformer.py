@@ -27,7 +27,7 @@ byte pairs; layers are pre-norm with RMSNorm and GELU; WikiText-103 has 32,768 s
 adaptive words.
 
 ``size=scaled``: byte-level on the King James Bible in the same proportions.
-Its time is not measured.
+10 minutes of one CPU core (experiments/twins).
 
 Keys after the colon: data, size (published, scaled), corpus.
 """
