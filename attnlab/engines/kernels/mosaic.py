@@ -28,6 +28,10 @@ from attnlab.engines.kernels.visits import Visits
 LANES = 128
 LARGEST_TABLE = 2**17
 """Most pairs of tiles of a batch, int32 each: half of the memory for scalars."""
+EACH_ALONE = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+"""For programs that leave nothing to each other."""
+LARGEST_STATE = 2**18
+"""Most numbers of the state of a recurrence."""
 PRECISIONS = ("default", "fastest", "bfloat16", "highest", "float32")
 """Of products, as jax calls them: the compiler has no other."""
 WIDEST = 1024
@@ -43,6 +47,11 @@ def tile_sizes(length: int, keys: int, size: int, dtype: Any, limit: int | None)
         return min(most, -(-tokens // LANES) * LANES)
 
     return fit(length), fit(keys)
+
+
+def chunk_size(length: int) -> int:
+    """Tokens per chunk of a recurrence."""
+    return LANES
 
 
 def padded(size: int) -> int:

@@ -30,6 +30,10 @@ ROW, COLUMN = (None, slice(None)), (slice(None), None)
 """Of numbers one a token, as they broadcast against a tile of logits."""
 LARGEST_TABLE = 2**24
 """Most pairs of tiles of a batch, int32 each."""
+EACH_ALONE = pltriton.CompilerParams(num_warps=8, num_stages=1)
+"""For programs that loop over nothing."""
+LARGEST_STATE = 2**13
+"""Most numbers of the state of a recurrence."""
 PRECISIONS = ("default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32")
 """Of products, as jax calls them."""
 WIDEST = 512
@@ -45,6 +49,11 @@ def tile_sizes(length: int, keys: int, size: int, dtype: Any, limit: int | None)
     else:
         most = (128, 64) if size <= 64 else (64, 64)
     return min(most[0], padded(length)), min(most[1], padded(keys))
+
+
+def chunk_size(length: int) -> int:
+    """Tokens per chunk of a recurrence."""
+    return min(32, padded(length))
 
 
 def padded(size: int) -> int:
