@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from battery.calls import assert_close, assert_finite
 from test_kernels import CALLS
-from test_recurrent import DECAYS, B, D, E, G, documents, draw, token_by_token
+from test_recurrent import B, D, E, G, documents, draw, token_by_token
 
 from attnlab.core import Dims, Keys, Queries, Rule, mechanisms
 from attnlab.engines import kernels, recurrent
 
-FADING = [name for name in DECAYS if name != "none"]
+SLOW = pytest.mark.slow
+FADING = ["scalar", "both", *(pytest.param(name, marks=SLOW) for name in ("key", "value"))]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -60,7 +61,7 @@ def test_interpreted_kernels_are_the_xla_form(decay, module):
 
 
 @pytest.mark.parametrize("module", CALLS)
-@pytest.mark.parametrize("length", [1, 31, 149])
+@pytest.mark.parametrize("length", [1, pytest.param(31, marks=SLOW), 149])
 def test_ragged_lengths_of_several_chunks(length, module):
     seg = np.zeros((B, length), np.int32)
     seg[0, length // 2 :], seg[1, length - length // 5 :] = 3, -1
