@@ -1,7 +1,7 @@
 """`blocksparse` by the kernels of `attention`: lists of tiles of keys, read off a table.
 
 A list is one head's. Heads that share keys are therefore laid one behind the other, as one head of
-a row of its own, which costs no copy: [B H n T D] is [B G, 1, H/G n T, D].
+a row of its own, which moves nothing: [B H n T D] is [B G, 1, H/G n T, D].
 """
 
 from __future__ import annotations
