@@ -138,7 +138,8 @@ def test_a_process_answers_for_its_subject_and_for_its_mistakes():
 def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path, capsys):
     out = tmp_path / "bench"
     line = ["bench", "--attention=window,linformer", "--lengths=32", "--repeats=1", "--mode=fwd"]
-    assert main([*line, f"--out={out}", "--config.task.batch=2"]) == 2
+    given = ["--config.task.batch=2", "--config.model.kernels=pallas"]
+    assert main([*line, f"--out={out}", *given]) == 2
     shown = capsys.readouterr().out
     assert "window" in shown
     assert "linformer, 32 tokens: attention linformer cannot be causal" in shown
@@ -146,6 +147,8 @@ def test_the_command_leaves_rows_a_table_and_a_picture(tmp_path, capsys):
     assert [row["label"] for row in rows] == ["matrix product", "window", "linformer"]
     assert rows[1]["wall"]["median"] > 0
     assert rows[1]["peak"] > 2**20
+    served = "attention engine: blockwise (XLA, not Pallas: the device is a cpu, cpu)"
+    assert rows[1]["engines"] == [served]
     assert rows[1]["ceiling"] == rows[0]["rate"] > 0
     assert "| window | none | 32 |" in (out / "bench.md").read_text()
     assert (out / "bench.png").stat().st_size > 10_000

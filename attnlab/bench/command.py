@@ -199,6 +199,8 @@ def measure(
         for row in rows:
             if "error" in row:
                 log.warning("%s, %d tokens: %s", row["label"], row["length"], row["error"])
+            for said in row.get("engines", ()):
+                log.info("%s, %d tokens: %s", row["label"], row["length"], said)
             yield {**row, "dtype": dtype, "ceiling": ceilings.get(dtype, 0.0)}
 
 
@@ -276,4 +278,5 @@ def _row(worker: Worker, name: dict[str, Any], empty: float) -> dict[str, Any]:
         "above_empty": peak - empty if empty else None,
         "device": about["device"],
         "platform": about["platform"],
+        "engines": about["engines"],
     }

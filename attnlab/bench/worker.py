@@ -8,6 +8,7 @@ answered with {"error", "code"} and ends it.
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -92,6 +93,7 @@ def prepare(asked: dict[str, Any], answers: Any) -> Callable[[], Any]:
     from attnlab.bench.subjects import build
     from attnlab.config import from_json
 
+    said = hear_engines()
     config = from_json(json.dumps(asked["config"]), "the config")
     what = config, asked["mode"], asked["length"]
     subject = build_peer(asked["peer"], *what) if asked.get("peer") else build(*what)
@@ -106,9 +108,21 @@ def prepare(asked: dict[str, Any], answers: Any) -> Callable[[], Any]:
         "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
         "platform": jax.default_backend(),
         "jax": jax.__version__,
+        "engines": said,
     }
     answers.write(json.dumps(about) + "\n")
     return subject.call
+
+
+def hear_engines() -> list[str]:
+    """Filled with what engines say on the log: which arithmetic serves them, and why."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    engines = logging.getLogger("attnlab.engines")
+    engines.setLevel(logging.INFO)
+    engines.addHandler(listener)
+    return said
 
 
 def peak_memory() -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
-from attnlab.engines import report_use
+from attnlab.engines import kernels, report_use
 from attnlab.products import collected, mixed, scores
 
 NONE = np.iinfo(np.int32).max
@@ -106,15 +106,21 @@ def by_position(keys: Keys, block: int) -> Keys:
 
 def visit(queries: Tiled, blocks: Blocks, rule: Rule, table) -> tuple[Array, Array]:
     """`attend` for tokens that are laid out already and may be ordered differently in every head:
-    f32 ``out`` [B H n T E] and ``lse`` [B H n T]. ``table`` as in `attend`."""
-    report_use("blocksparse", "XLA")
+    f32 ``out`` [B H n T E] and ``lse`` [B H n T]. ``table`` as in `attend`. A rule that asks for
+    kernels is served by `kernels.lists` if it can."""
     B, H, n, _ = queries.pos.shape
     table = jnp.asarray(table, jnp.int32)
+    form = kernels.choose_lists(rule, queries, blocks, table.shape[-1])
+    report_use("blocksparse", str(form))
     table = jnp.broadcast_to(table, (B, H, n, table.shape[-1]))
     # Once each, in order, the empty entries behind.
     table = jnp.sort(jnp.where(table < 0, NONE, table), -1)
     again = jnp.pad(table[..., 1:] == table[..., :-1], [(0, 0)] * 3 + [(1, 0)])
     table = jnp.sort(jnp.where(again, NONE, table), -1)
+    if form.module:
+        from attnlab.engines.kernels import lists  # Pallas, which most runs never load
+
+        return lists.visit(form, queries, blocks, rule, table)
     q, pos, seg, table = (jnp.moveaxis(z, 2, 0) for z in (*queries, table))
     out, lse = _visit(rule, q, blocks.k, blocks.v, (pos, seg, table), blocks[2:])
     return jnp.moveaxis(out, 0, 2), jnp.moveaxis(lse, 0, 2)

@@ -25,6 +25,7 @@ from jax import lax
 
 from attnlab.core import Array, Dims
 from attnlab.engines import passing, report_use, sharded, undecayed
+from attnlab.engines.kernels import choose_chunks
 from attnlab.engines.undecayed import State, by_rows, initial_state, latest_document, pad
 from attnlab.products import collected, mixed, scores
 
@@ -40,6 +41,7 @@ def attend(
     value_decay: Array | None = None,
     chunk: int = 64,
     mean: bool = False,
+    kernels: str = "xla",
 ) -> tuple[Array, State]:
     """Every token reads all tokens of its document so far, itself included.
 
@@ -48,7 +50,8 @@ def attend(
     at a time, rounded up to a power of two. Returns ``out`` [B N H E] f32, 0 in empty slots, and
     the `State` after the last token. With ``mean`` the result is divided by the sum of the weights
     Σ q·k, 0 where that is not positive; the memory then has E + 1 columns, the last of them for
-    that sum. Cost: O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
+    that sum. ``kernels`` is the `Rule.kernels` of the call; `kernels.recurrence` serves what decays
+    where it can, in chunks of its own. Cost: O(N (C (D + E) + D E)) time, O(N + N D E / C) memory.
     """
     if key_decay is None and value_decay is None:
         return undecayed.attend(q, k, v, seg, state, chunk=chunk, mean=mean)
@@ -59,7 +62,8 @@ def attend(
         def engine(tokens, seg, state):
             (q, k, v, a, b), state = tokens, State(*state)
             fading = {"key_decay": a, "value_decay": b}
-            return attend(q, k, v, seg, state, **fading, chunk=chunk, mean=mean)
+            options = {"chunk": chunk, "mean": mean, "kernels": kernels}
+            return attend(q, k, v, seg, state, **fading, **options)
 
         def summarise(tokens, seg):
             return _summary(mean, seg, *tokens[1:])
@@ -67,9 +71,16 @@ def attend(
         tokens = q, k, v, key_decay, value_decay
         out, after = passing.attend(engine, summarise, _moved, tokens, seg, (H, G))
         return out, State(*after)
-    report_use("recurrent", "XLA")
+    form = choose_chunks(kernels, mean, q, k, v, key_decay, value_decay)
+    report_use("recurrent", str(form))
     if not state:
         state = initial_state(B, G, D, E + mean)
+    if form.module:
+        from attnlab.engines.kernels import recurrence  # Pallas, which most runs never load
+
+        v = with_one(v) if mean else v
+        out, state = recurrence.attend(form, q, k, v, key_decay, value_decay, seg, state)
+        return quotient(out) if mean else out, state
     size = 1 << (min(chunk, N) - 1).bit_length()
 
     def tiles(z: Array, fill: int = 0) -> Array:

@@ -65,9 +65,8 @@ class Favor(Mechanism):
         if rule.causal:
             weight, decay, tops, top = running.rescale(log_k, keys.seg, top)
             q = sharpest(log_q + jnp.repeat(tops, repeats, 2))
-            out, memory = recurrent.attend(
-                q, weight, v, keys.seg, memory, key_decay=decay, chunk=self.chunk, mean=True
-            )
+            options = {"key_decay": decay, "chunk": self.chunk, "kernels": rule.kernels}
+            out, memory = recurrent.attend(q, weight, v, keys.seg, memory, **options, mean=True)
         else:
             weight, tops = running.rescale_both_ways(log_k, keys.seg)
             q = sharpest(log_q + jnp.repeat(tops, repeats, 2))

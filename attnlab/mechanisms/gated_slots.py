@@ -68,12 +68,13 @@ class GatedSlots(Mechanism):
         past_keys, past_values = state or ((), ())
         decay = self._log_gate(params, x)
         write = -jnp.expm1(decay)
+        options = {"chunk": self.chunk, "kernels": rule.kernels}
         z, slot_keys = recurrent.attend(
-            q, k, write, keys.seg, past_keys, value_decay=decay, chunk=self.chunk
+            q, k, write, keys.seg, past_keys, value_decay=decay, **options
         )
         p = jax.nn.softmax(z * scale_of(rule, q), -1)
         out, values = recurrent.attend(
-            p, write, keys.v, keys.seg, past_values, key_decay=decay, chunk=self.chunk
+            p, write, keys.v, keys.seg, past_values, key_decay=decay, **options
         )
         out = rule.tap("heads", out.astype(queries.q.dtype))
         return Result(out, State(slot_keys, values) if state else state)

@@ -67,12 +67,13 @@ class LowRank(Mechanism):
             top, totals, columns = state or ((), (), ())
             weight, decay, _, top = running.rescale(log_weight, seg, top)
             one = jnp.ones((*weight.shape[:3], 1))
+            options = {"chunk": chunk, "kernels": rule.kernels}
             total, totals = recurrent.attend(
-                one, one, weight, seg, totals, value_decay=decay, chunk=chunk
+                one, one, weight, seg, totals, value_decay=decay, **options
             )
             share = u / _positive(jnp.repeat(total, repeats, 2))
             out, columns = recurrent.attend(
-                share, weight, v, seg, columns, key_decay=decay, chunk=chunk
+                share, weight, v, seg, columns, key_decay=decay, **options
             )
             state = (top, totals, columns) if state else state
         else:

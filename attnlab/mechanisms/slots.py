@@ -73,7 +73,8 @@ class Slots(Mechanism):
         write, decay, _, top = running.rescale(_log_write(params, x), seg, top)
 
         def attend(q, k, v, past, **decays):
-            return recurrent.attend(q, k, v, seg, past, chunk=chunk, **decays)
+            options = {"chunk": chunk, "kernels": rule.kernels, **decays}
+            return recurrent.attend(q, k, v, seg, past, **options)
 
         one = jnp.ones((*write.shape[:3], 1))
         total, totals = attend(one, one, write, past_totals, value_decay=decay)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines.kernels import Form
-from attnlab.engines.kernels.operands import Operands, visits_of
+from attnlab.engines.kernels.operands import Operands
+from attnlab.engines.kernels.visits import Listed, Near
 from attnlab.engines.tiling import Tokens, cut, reach_by_row, spans
 
 
@@ -27,12 +28,6 @@ def attend(form: Form, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array,
     asking = Tokens(cut(queries.pos, form.n, 0), cut(queries.seg, form.n, -1))
     answering = Tokens(cut(keys.pos, form.m, 0), cut(keys.seg, form.m, -1), count)
     near = jnp.moveaxis(reach_by_row(rule, spans(asking), spans(answering)), -1, 0)
-    bare = Rule(
-        causal=rule.causal,
-        scale=D**-0.5 if rule.scale is None else rule.scale,
-        soft_cap=rule.soft_cap,
-        patterns=rule.patterns,
-    )
 
     def heads_first(z: Array, tile: int) -> Array:
         size = z.shape[3]
@@ -49,25 +44,44 @@ def attend(form: Form, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array,
         as_rows(asking),
         as_rows(answering),
     )
-    attended: Any = _attend(form, bare, operands, near)
-    out, lse = attended
+    out, lse = attend_tiles(form, bare(rule, D), operands, Near(near))
     return out.swapaxes(1, 2)[:, :N, :, :E].astype(queries.q.dtype), lse[:, :, 0, :N]
 
 
+def bare(rule: Rule, size: int) -> Rule:
+    """What a kernel needs of a rule, for heads of ``size`` that may be padded."""
+    return Rule(
+        causal=rule.causal,
+        scale=size**-0.5 if rule.scale is None else rule.scale,
+        soft_cap=rule.soft_cap,
+        patterns=rule.patterns,
+    )
+
+
+def attend_tiles(form: Form, rule: Rule, operands: Operands, met: Near | Listed) -> Any:
+    """``out`` [B H N E] and ``lse`` [B H 1 N], padded; ``met`` says which tiles of keys each tile
+    of queries meets."""
+    return _attend(form, rule, operands, met)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: Form, rule: Rule, operands: Operands, near: Array) -> Any:
-    """``out`` [B H N E] and ``lse`` [B H 1 N], padded; ``near`` bool [B n_q n_k] says which tiles
-    of keys each tile of queries meets."""
-    return _forward(form, rule, operands, near)[0]
+def _attend(form, rule, operands, met):
+    return _forward(form, rule, operands, met)[0]
 
 
-def _forward(form, rule, operands, near):
-    out, lse = form.kernels.forward(form, rule, operands, visits_of(near))
-    return (out, lse), (rule, operands, near, out, lse)
+def _tiles(form: Form, operands: Operands) -> tuple[int, int]:
+    """Tiles of queries and of keys."""
+    return operands.q.shape[2] // form.n, operands.k.shape[2] // form.m
+
+
+def _forward(form, rule, operands, met):
+    visits = met.of_queries(*_tiles(form, operands))
+    out, lse = form.kernels.forward(form, rule, operands, visits)
+    return (out, lse), (rule, operands, met, out, lse)
 
 
 def _backward(form, residuals, cotangents):
-    rule, operands, near, out, lse = residuals
+    rule, operands, met, out, lse = residuals
     d_out, d_lse = cotangents
     weighed = d_out.astype(jnp.float32) * out.astype(jnp.float32)
     known = operands._replace(
@@ -75,8 +89,9 @@ def _backward(form, residuals, cotangents):
         lse=jnp.where(lse > MASK, lse, 0.0),  # of rows that see nothing: what is masked stays at 0
         delta=jnp.sum(weighed, -1)[:, :, None] - d_lse,
     )
-    dq = form.kernels.backward_queries(form, rule, known, visits_of(near))
-    dk, dv = form.kernels.backward_keys(form, rule, known, visits_of(near.swapaxes(1, 2)))
+    tiles = _tiles(form, operands)
+    dq = form.kernels.backward_queries(form, rule, known, met.of_queries(*tiles))
+    dk, dv = form.kernels.backward_keys(form, rule, known, met.of_keys(*tiles))
     return rule, operands._replace(q=dq, k=dk, v=dv, asking=None, answering=None), None
 
 

@@ -1,9 +1,8 @@
-"""`blockwise` as Mosaic kernels, for a TPU: the last axis of the grid runs over tiles in reach.
+"""Attention as Mosaic kernels, for a TPU: the last axis of the grid runs over pairs of tiles.
 
-It is as long as the longest list of them. A step beyond the end of its own list names the tile
-before again, which is not fetched twice, and computes nothing. Running sums live in scratch memory
-from the first step of a tile to the last. dk and dv: one tile of keys of one kv head, over all
-query heads of its group.
+A step is a pair that meets, row by row of `Visits`. Running sums live in scratch memory from the
+first step of a row to its last. dk and dv: one tile of keys of one kv head, over all query heads of
+its group.
 """
 
 from collections.abc import Callable
@@ -20,15 +19,19 @@ from attnlab.engines.kernels import Form, steps
 from attnlab.engines.kernels.operands import (
     Operands,
     Side,
-    Visits,
     row_spec,
     specs_of,
     tile_spec,
 )
+from attnlab.engines.kernels.visits import Visits
 
 LANES = 128
 LARGEST_TABLE = 2**17
 """Most pairs of tiles of a batch, int32 each: half of the memory for scalars."""
+EACH_ALONE = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+"""For programs that leave nothing to each other."""
+LARGEST_STATE = 2**18
+"""Most numbers of the state of a recurrence."""
 PRECISIONS = ("default", "fastest", "bfloat16", "highest", "float32")
 """Of products, as jax calls them: the compiler has no other."""
 WIDEST = 1024
@@ -46,6 +49,11 @@ def tile_sizes(length: int, keys: int, size: int, dtype: Any, limit: int | None)
     return fit(length), fit(keys)
 
 
+def chunk_size(length: int) -> int:
+    """Tokens per chunk of a recurrence."""
+    return LANES
+
+
 def padded(size: int) -> int:
     """The width of a tile that holds heads of ``size``: whole vectors of lanes, as it would take in
     memory anyway."""
@@ -54,23 +62,21 @@ def padded(size: int) -> int:
 
 def forward(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[Array]:
     """``out`` [B H N E] in the dtype of v, and ``lse`` [B H 1 N] f32."""
-    (B, H, N, _), E = operands.q.shape, operands.v.shape[-1]
+    (B, H, N, _), (_, _, M, E) = operands.q.shape, operands.v.shape
 
-    def forward_kernel(near, count, operands, out, lse, top, total, value):
-        begins, meets, ends = _phases(count, 1)
+    def forward_kernel(pair, operands, out, lse, top, total, value):
+        begins, ends = _phases(pair, M // form.m, 1)
 
         @pl.when(begins)
         def _():
             for ref, start in zip((top, total, value), steps.begin(form.n, E)):
                 ref[...] = start
 
-        @pl.when(meets)
-        def _():
-            before = steps.Running(top[...], total[...], value[...])
-            asking = jax.tree.map(_column, operands.asking)
-            after = steps.fold(rule, before, operands.q[...], asking, _answered(operands, _row))
-            for ref, now in zip((top, total, value), after):
-                ref[...] = now
+        before = steps.Running(top[...], total[...], value[...])
+        asking = jax.tree.map(_column, operands.asking)
+        after = steps.fold(rule, before, operands.q[...], asking, _answered(operands, _row))
+        for ref, now in zip((top, total, value), after):
+            ref[...] = now
 
         @pl.when(ends)
         def _():
@@ -83,7 +89,8 @@ def forward(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[
     return _run(
         form,
         forward_kernel,
-        (B, H, N // form.n, _longest(visits)),
+        H,
+        1,
         (queries, keys),
         [tile_spec(queries, E), row_spec(queries)],
         [
@@ -98,20 +105,21 @@ def forward(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[
 
 def backward_queries(form: Form, rule: Rule, operands: Operands, visits: Visits) -> Array:
     """dq [B H N D], in the dtype of q."""
-    B, H, N, D = operands.q.shape
+    (B, H, N, D), M = operands.q.shape, operands.k.shape[2]
 
-    def dq_kernel(near, count, operands, dq, total):
+    def dq_kernel(pair, operands, dq, total):
         def add():
             asked, keys = _asked(operands, _column), _answered(operands, _row)
             total[...] += steps.pull_queries(rule, asked, keys)
 
-        _accumulate(_phases(count, 1), add, (total,), (dq,))
+        _accumulate(_phases(pair, M // form.m, 1), add, (total,), (dq,))
 
     queries, keys = _per_query_tile(form, operands)
     return _run(
         form,
         dq_kernel,
-        (B, H, N // form.n, _longest(visits)),
+        H,
+        1,
         (queries, keys),
         [tile_spec(queries, D)],
         [jax.ShapeDtypeStruct((B, H, N, D), operands.q.dtype)],
@@ -123,27 +131,32 @@ def backward_queries(form: Form, rule: Rule, operands: Operands, visits: Visits)
 
 def backward_keys(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[Array]:
     """dk [B G M D] and dv [B G M E], in the dtypes of k and v; ``visits`` are those of keys."""
-    (B, G, M, D), E = operands.k.shape, operands.v.shape[-1]
-    shared = operands.q.shape[1] // G
+    (_, G, M, D), E = operands.k.shape, operands.v.shape[-1]
+    N, shared = operands.q.shape[2], operands.q.shape[1] // G
 
-    def dkv_kernel(near, count, operands, dk, dv, dk_total, dv_total):
+    def dkv_kernel(pair, operands, dk, dv, dk_total, dv_total):
         def add():
             more = steps.pull_keys(rule, _asked(operands, _row), _answered(operands, _column))
             dk_total[...] += more[0]
             dv_total[...] += more[1]
 
-        _accumulate(_phases(count, shared), add, (dk_total, dv_total), (dk, dv))
+        phases = _phases(pair, N // form.n, shared)
+        _accumulate(phases, add, (dk_total, dv_total), (dk, dv))
 
-    def met(b, g, i, s, near, count):
-        row, step = b * (M // form.m) + i, lax.div(s, shared)
-        return b, g * shared + lax.rem(s, shared), _other(row, step, near, count)
+    def own(g, s, pair):
+        b, j, _ = _place(pair[lax.div(s, shared)], M // form.m, N // form.n)
+        return b, g, j
 
-    queries = Side(None, form.n, met)
-    keys = Side(None, form.m, lambda b, g, i, *_: (b, g, i))
+    def met(g, s, pair):
+        b, _, i = _place(pair[lax.div(s, shared)], M // form.m, N // form.n)
+        return b, g * shared + lax.rem(s, shared), i
+
+    queries, keys = Side(None, form.n, met), Side(None, form.m, own)
     return _run(
         form,
         dkv_kernel,
-        (B, G, M // form.m, _longest(visits) * shared),
+        G,
+        shared,
         (queries, keys),
         [tile_spec(keys, D), tile_spec(keys, E)],
         [jax.ShapeDtypeStruct(z.shape, z.dtype) for z in (operands.k, operands.v)],
@@ -156,41 +169,47 @@ def backward_keys(form: Form, rule: Rule, operands: Operands, visits: Visits) ->
 def _per_query_tile(form: Form, operands: Operands) -> tuple[Side, Side]:
     """One tile of queries, and the tile of keys that it meets at a step."""
     shared, tiles = operands.q.shape[1] // operands.k.shape[1], operands.q.shape[2] // form.n
+    others = operands.k.shape[2] // form.m
 
-    def met(b, h, i, s, near, count):
-        return b, lax.div(h, shared), _other(b * tiles + i, s, near, count)
+    def own(h, s, pair):
+        b, i, _ = _place(pair[s], tiles, others)
+        return b, h, i
 
-    return Side(None, form.n, lambda b, h, i, *_: (b, h, i)), Side(None, form.m, met)
+    def met(h, s, pair):
+        b, _, j = _place(pair[s], tiles, others)
+        return b, lax.div(h, shared), j
 
-
-def _other(row, s, near, count):
-    """The tile of the other side at step ``s`` of a row of `Visits`, the last beyond its end."""
-    others = near.shape[0] // count.shape[0]
-    return near[row * others + jnp.clip(s, 0, jnp.maximum(count[row] - 1, 0))]
-
-
-def _longest(visits: Visits) -> Array:
-    """Steps of the longest list: at least one, in which empty tiles are written."""
-    return jnp.maximum(jnp.max(visits.count), 1)
+    return Side(None, form.n, own), Side(None, form.m, met)
 
 
-def _phases(count: Any, heads: int) -> tuple[Array, Array, Array]:
-    """Whether this step is the first of its tile, meets a tile, and is the last."""
-    step = pl.program_id(3)
-    row = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
-    return step == 0, step < count[row] * heads, step == pl.num_programs(3) - 1
+def _place(pair, tiles: int, others: int):
+    """Row of the batch, tile, and tile of the other side."""
+    row = lax.div(pair, others)
+    return lax.div(row, tiles), lax.rem(row, tiles), lax.rem(pair, others)
+
+
+def _phases(pair: Any, others: int, heads: int) -> tuple[Array, Array]:
+    """Whether this step is the first of its row, and the last."""
+    step, last = pl.program_id(1), pl.num_programs(1) - 1
+
+    def row(s):
+        return lax.div(pair[lax.div(s, heads)], others)
+
+    own = row(step)
+    begins = (step == 0) | (row(jnp.maximum(step - 1, 0)) != own)
+    return begins, (step == last) | (row(jnp.minimum(step + 1, last)) != own)
 
 
 def _accumulate(phases, add: Callable[[], None], totals: tuple, outs: tuple) -> None:
     """``outs`` are the sums of what ``add`` adds to ``totals``, from 0."""
-    begins, meets, ends = phases
+    begins, ends = phases
 
     @pl.when(begins)
     def _():
         for total in totals:
             total[...] = jnp.zeros(total.shape, total.dtype)
 
-    pl.when(meets)(add)
+    add()
 
     @pl.when(ends)
     def _():
@@ -219,19 +238,18 @@ def _asked(operands: Operands, laid: Callable[[Any], Array]) -> steps.Asked:
     return steps.Asked(operands.q[...], operands.d_out[...], *row, tokens)
 
 
-def _run(form, kernel, grid, sides, specs, shapes, scratch, operands, visits) -> list[Array]:
+def _run(form, kernel, heads, each, sides, specs, shapes, scratch, operands, visits) -> list[Array]:
+    """Every pair of ``visits`` in turn, ``each`` times, for every one of ``heads``."""
     return pl.pallas_call(
         kernel,
         out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=grid,
+            num_scalar_prefetch=1,
+            grid=(heads, visits.start[-1] * each),
             in_specs=[specs_of(operands, *sides)],
             out_specs=specs,
             scratch_shapes=scratch,
         ),
         interpret=form.interpret,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
-    )(visits.near, visits.count, operands)
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+    )(visits.pair, operands)

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from attnlab.core import Array
 from attnlab.engines.tiling import Tokens
 
 
@@ -32,14 +30,6 @@ class Operands(NamedTuple):
     delta: Any = None
 
 
-class Visits(NamedTuple):
-    """Which tiles of the other side a tile meets: row (b, i) of ``near``, int32 [B tiles others]
-    made flat, begins with ``count`` [B tiles, flat] of them. Flat: memory for scalars pads."""
-
-    near: Array
-    count: Array
-
-
 class Side(NamedTuple):
     """The block of queries, or of keys, that a program sees: ``heads`` (None: one, its axis
     dropped), ``rows`` tokens, and the place (batch, head, tile) of it in the grid."""
@@ -47,12 +37,6 @@ class Side(NamedTuple):
     heads: int | None
     rows: int
     place: Callable[..., tuple[Any, Any, Any]]
-
-
-def visits_of(near: Array) -> Visits:
-    """From which tiles see which: bool [B tiles others]."""
-    order = jnp.argsort(~near, axis=-1, stable=True).astype(jnp.int32)
-    return Visits(order.reshape(-1), jnp.sum(near, -1, dtype=jnp.int32).reshape(-1))
 
 
 def tile_spec(side: Side, width: int) -> pl.BlockSpec:

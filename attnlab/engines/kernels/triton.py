@@ -19,17 +19,21 @@ from attnlab.engines.kernels import Form, steps
 from attnlab.engines.kernels.operands import (
     Operands,
     Side,
-    Visits,
     row_spec,
     specs_of,
     tile_spec,
 )
+from attnlab.engines.kernels.visits import Visits
 from attnlab.engines.tiling import Tokens
 
 ROW, COLUMN = (None, slice(None)), (slice(None), None)
 """Of numbers one a token, as they broadcast against a tile of logits."""
 LARGEST_TABLE = 2**24
 """Most pairs of tiles of a batch, int32 each."""
+EACH_ALONE = pltriton.CompilerParams(num_warps=8, num_stages=1)
+"""For programs that loop over nothing."""
+LARGEST_STATE = 2**13
+"""Most numbers of the state of a recurrence."""
 PRECISIONS = ("default", "fastest", "bfloat16", "high", "tensorfloat32", "highest", "float32")
 """Of products, as jax calls them."""
 WIDEST = 512
@@ -38,20 +42,29 @@ WIDEST = 512
 
 def tile_sizes(length: int, keys: int, size: int, dtype: Any, limit: int | None) -> tuple[int, int]:
     """Tokens per tile of queries and of keys, for heads of ``size``: as compiled for an A100 and an
-    H100, what keeps sums in registers. A ``limit`` is that of larger tiles than these."""
+    H100, what keeps sums in registers, and powers of two, few of them empty. A ``limit`` is that of
+    larger tiles than these."""
     if jnp.dtype(dtype).itemsize > 2 or size > 128:
-        return 32, 32
-    return (128, 64) if size <= 64 else (64, 64)
+        most = 32, 32
+    else:
+        most = (128, 64) if size <= 64 else (64, 64)
+    return min(most[0], padded(length)), min(most[1], padded(keys))
+
+
+def chunk_size(length: int) -> int:
+    """Tokens per chunk of a recurrence."""
+    return min(32, padded(length))
 
 
 def padded(size: int) -> int:
-    """The width of a tile that holds heads of ``size``: a power of two that a product takes."""
+    """The width of a tile that holds heads of ``size``: a power of two that a product takes. So for
+    tokens."""
     return max(16, pl.next_power_of_2(size))
 
 
 def forward(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[Array]:
     """``out`` [B H N E] in the dtype of v, and ``lse`` [B H 1 N] f32."""
-    (B, H, N, _), E = operands.q.shape, operands.v.shape[-1]
+    (B, H, N, _), (_, _, M, E) = operands.q.shape, operands.v.shape
 
     def forward_kernel(operands, visits, out, lse):
         q, asking = operands.q[...], _tokens(operands.asking, COLUMN)
@@ -60,7 +73,8 @@ def forward(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[
             keys = _keys_at(operands, pl.ds(which * form.m, form.m))
             return steps.fold(rule, running, q, asking, keys)
 
-        value, total = steps.end(_visit(visits, 1, meet, steps.begin(form.n, E)))
+        start = steps.begin(form.n, E)
+        value, total = steps.end(_visit(visits, M // form.m, 1, meet, start))
         out[...] = value.astype(out.dtype)
         lse[0] = total.reshape(form.n)
 
@@ -73,7 +87,7 @@ def forward(form: Form, rule: Rule, operands: Operands, visits: Visits) -> list[
 
 def backward_queries(form: Form, rule: Rule, operands: Operands, visits: Visits) -> Array:
     """dq [B H N D], in the dtype of q."""
-    B, H, N, D = operands.q.shape
+    (B, H, N, D), M = operands.q.shape, operands.k.shape[2]
 
     def dq_kernel(operands, visits, dq):
         asked = steps.Asked(
@@ -88,7 +102,8 @@ def backward_queries(form: Form, rule: Rule, operands: Operands, visits: Visits)
             keys = _keys_at(operands, pl.ds(which * form.m, form.m))
             return total + steps.pull_queries(rule, asked, keys)
 
-        dq[...] = _visit(visits, 1, meet, jnp.zeros((form.n, D), jnp.float32)).astype(dq.dtype)
+        start = jnp.zeros((form.n, D), jnp.float32)
+        dq[...] = _visit(visits, M // form.m, 1, meet, start).astype(dq.dtype)
 
     queries, keys = _per_query_tile(form, operands)
     shapes, specs = [jax.ShapeDtypeStruct((B, H, N, D), operands.q.dtype)], [tile_spec(queries, D)]
@@ -117,7 +132,8 @@ def backward_keys(form: Form, rule: Rule, operands: Operands, visits: Visits) ->
             return jax.tree.map(jnp.add, sums, steps.pull_keys(rule, asked, keys))
 
         start = tuple(jnp.zeros((form.m, size), jnp.float32) for size in (D, E))
-        for ref, total in zip((dk, dv), _visit(visits, shared, meet, start)):
+        sums = _visit(visits, N // form.n, shared, meet, start)
+        for ref, total in zip((dk, dv), sums):
             ref[...] = total.astype(ref.dtype)
 
     queries = Side(shared, N, lambda i, g, b: (b, g, 0))
@@ -135,16 +151,16 @@ def _per_query_tile(form: Form, operands: Operands) -> tuple[Side, Side]:
     return Side(None, form.n, lambda i, h, b: (b, h, i)), keys
 
 
-def _visit(visits: Visits, heads: int, meet: Callable, start: Any) -> Any:
-    """``start`` after ``meet`` with every tile in reach of this program's, once per head."""
-    tiles, others = pl.num_programs(0), visits.near.shape[0] // visits.count.shape[0]
-    row = pl.program_id(2) * tiles + pl.program_id(0)
+def _visit(visits: Visits, others: int, heads: int, meet: Callable, start: Any) -> Any:
+    """``start`` after ``meet`` with every tile that this program's meets, once per head."""
+    row = pl.program_id(2) * pl.num_programs(0) + pl.program_id(0)
+    first = visits.start[row]
 
     def step(s, value):
-        tile = visits.near[row * others + lax.div(s, heads)]
+        tile = visits.pair[first + lax.div(s, heads)] - row * others
         return meet(tile, value, lax.rem(s, heads))
 
-    return lax.fori_loop(0, visits.count[row] * heads, step, start)
+    return lax.fori_loop(0, (visits.start[row + 1] - first) * heads, step, start)
 
 
 def _tokens(tokens: Tokens, shape: tuple, at: Any = slice(None)) -> Tokens:
