@@ -34,8 +34,8 @@ def test_measured_numbers_lie_in_their_bands(name, monkeypatch):
 
 def test_dilution_lies_in_its_bands(monkeypatch):
     module = load("dilution", "measure.py", monkeypatch)
-    rows, bands = read("dilution", "results.json")["rows"], read("dilution", "expected.json")
-    assert module.outside(rows, bands) == []
+    rows, expected = read("dilution", "results.json")["rows"], read("dilution", "expected.json")
+    assert module.outside(rows, expected["bands"]) == []
 
 
 @pytest.mark.parametrize(
