@@ -136,11 +136,11 @@ def replications(folder: Path) -> list[dict]:
     `ValueError` for an unknown verdict and for a number that the verdict was not given for."""
     found = []
     for file in sorted(folder.glob("*/expected.json")):
-        expected, results = (
-            json.loads(each.read_text(encoding="utf-8"))
-            for each in (file, file.with_name("results.json"))
-        )
-        claims = expected.get("replications", []) if isinstance(expected, dict) else []
+        expected = json.loads(file.read_text(encoding="utf-8"))
+        claims = expected.get("replications") if isinstance(expected, dict) else None
+        if not claims:
+            continue
+        results = json.loads(file.with_name("results.json").read_text(encoding="utf-8"))
         for claim in claims:
             if claim["verdict"] not in VERDICTS:
                 raise ValueError(f"{file}: no verdict {claim['verdict']!r}; use one of {VERDICTS}")

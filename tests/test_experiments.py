@@ -51,6 +51,15 @@ def test_claims_hold(name, monkeypatch):
         assert module.held(claim, found), claim
 
 
+@pytest.mark.parametrize("name", ["sinks"])
+def test_claims_about_all_results_hold(name, monkeypatch):
+    module = load(name, "measure.py", monkeypatch)
+    results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
+    assert claims
+    for claim in claims:
+        assert module.held(claim, results), claim
+
+
 def test_the_arena_lies_in_its_bands_and_its_tables_are_what_was_measured(monkeypatch):
     module = load("long_range_arena", "measure.py", monkeypatch)
     runs = read("long_range_arena", "results.json")["runs"]
