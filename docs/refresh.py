@@ -3,7 +3,8 @@
 python docs/refresh.py
 
 Each stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; so does the code of ``docs/examples``
-that the README shows. A test fails while a page is not what this would write.
+that the README shows, and what ``experiments`` found of the claims of papers. A test fails while a
+page is not what this would write.
 """
 
 import ast
@@ -12,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from attnlab import combination
 from attnlab.core import mechanisms, normalisers, positions
@@ -21,9 +23,11 @@ from attnlab.literals import text_of
 from attnlab.tasks import recipes
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "reference.md")
-RESULTS = ROOT / "experiments" / "quickstart" / "results.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reference.md", ROOT / "docs" / "replications.md")
+EXPERIMENTS = ROOT / "experiments"
+RESULTS = EXPERIMENTS / "quickstart" / "results.json"
 GROWTH = {0.0: "1", 1.0: "N"}
+VERDICTS = ("reproduced", "direction only", "not reproduced")
 
 
 def refreshed(text: str) -> str:
@@ -36,6 +40,7 @@ def refreshed(text: str) -> str:
 def parts() -> dict[str, str]:
     """What stands between the markers, by their name."""
     example = (ROOT / "docs" / "examples" / "dilated.py").read_text(encoding="utf-8")
+    claims = replications(EXPERIMENTS)
     return {
         "table:mechanisms": mechanism_table(),
         "table:positions": position_table(),
@@ -45,6 +50,8 @@ def parts() -> dict[str, str]:
         "table:configs": config_table("configs"),
         "table:papers": config_table("configs/papers"),
         "table:tasks": task_table(),
+        "table:replications": replication_table(claims),
+        "papers:replications": replication_sections(claims),
         "table:results": result_table(json.loads(RESULTS.read_text(encoding="utf-8"))),
         "code:dilated": f"```python\n{example}```",
         "modules:mechanisms": modules("attnlab.mechanisms", mechanisms.names()),
@@ -121,6 +128,69 @@ def result_table(results: dict) -> str:
     ]
     head = ("command", "test bits per byte", "compressors, after the training text", "time", "on")
     return table(head, rows) if rows else "No run is recorded yet."
+
+
+def replications(folder: Path) -> list[dict]:
+    """Every claim of a paper that an experiment of a folder tests, with its ``experiment`` and the
+    measured numbers put into ``ours``; the format is in ``experiments/README.md``. Raises
+    `ValueError` for an unknown verdict and for a number that the verdict was not given for."""
+    found = []
+    for file in sorted(folder.glob("*/expected.json")):
+        expected = json.loads(file.read_text(encoding="utf-8"))
+        claims = expected.get("replications") if isinstance(expected, dict) else None
+        if not claims:
+            continue
+        results = json.loads(file.with_name("results.json").read_text(encoding="utf-8"))
+        for claim in claims:
+            if claim["verdict"] not in VERDICTS:
+                raise ValueError(f"{file}: no verdict {claim['verdict']!r}; use one of {VERDICTS}")
+            values = [value_at(results, path) for path in claim["values"]]
+            for value, (low, high) in zip(values, claim["bands"], strict=True):
+                if not low <= value <= high:
+                    raise ValueError(f"{file}: {claim['claim']}: {value} not in {low}..{high}")
+            run = value_at(results, claim.get("run", []))
+            measured = {name: run[name] for name in ("command", "hardware")}
+            ours = claim["ours"].format(*values).replace("%", " %")
+            found.append(claim | measured | {"ours": ours, "experiment": file.parent.name})
+    return found
+
+
+def value_at(results: dict, path: Sequence) -> Any:
+    """What stands at a path of keys; in a list, a key is the fields of one of its rows."""
+    for key in path:
+        if isinstance(key, dict):
+            results = next(row for row in results if key.items() <= row.items())
+        else:
+            results = results[key]
+    return results
+
+
+def replication_table(claims: Sequence[Mapping]) -> str:
+    """A row for every claim: whose, where it was tested, and what came out."""
+    rows = []
+    for claim in claims:
+        rows.append((claim["paper"], claim["claim"], f"`{claim['experiment']}`", claim["verdict"]))
+    return table(("paper", "claim", "experiment", "verdict"), rows)
+
+
+def replication_sections(claims: Sequence[Mapping]) -> str:
+    """A section for every paper, and in it for every claim the figures of the paper and ours."""
+    papers: dict[tuple[str, str], list[Mapping]] = {}
+    for claim in claims:
+        papers.setdefault((claim["paper"], claim["arxiv"]), []).append(claim)
+    lines = []
+    for (paper, number), own in papers.items():
+        lines += [f"## {paper}", "", f"[arXiv {number}](https://arxiv.org/abs/{number})", ""]
+        for claim in own:
+            rows = (
+                ("published", f"{claim['published']} ({claim['source']})"),
+                ("ours", claim["ours"]),
+                ("command", f"`{claim['command']}`"),
+                ("on", claim["hardware"]),
+                ("verdict", f"**{claim['verdict']}**: {claim['why']}"),
+            )
+            lines += [table(("claim", claim["claim"]), rows), ""]
+    return "\n".join(lines).rstrip()
 
 
 def modules(package: str, names: Sequence[str]) -> str:

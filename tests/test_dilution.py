@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import saved_state, tiny, trained
+from weighing import RULES, densely, rule_of, tokens
 
 from attnlab.analysis.dilution import NAMES, SINKS, TOP, measure_rows
 from attnlab.analysis.logged import FORM, KEY, LOGGED, history
@@ -26,40 +27,16 @@ from attnlab.analysis.observed import (
     own_rule,
 )
 from attnlab.config import mechanisms_of, model_of
-from attnlab.core import Dims, Keys, Position, Queries, Rule, mechanisms, normalisers
+from attnlab.core import Rule, mechanisms, normalisers
 from attnlab.data.tokenizers import ByteTokenizer
-from attnlab.engines import dense
 from attnlab.main import main
-from attnlab.mechanisms.window import Near
 from attnlab.metrics import read_metrics
-from attnlab.positions.alibi import Alibi
 from attnlab.runs import open_run
 from attnlab.step import init_params
 from attnlab.tasks.text import Evaluated
 from attnlab.train import train
 
-DIMS = Dims(8, 4, 2, 8, 5)
-
 measured = jax.jit(measure_rows.__wrapped__, static_argnames=("tile",))
-
-
-@jax.jit
-def densely(queries, keys, rule):
-    return dense.attend(queries, keys, rule)[2]
-
-
-def tokens(N: int, M: int, B: int = 2, H: int = 4, G: int = 2) -> tuple[Queries, Keys]:
-    """Queries the last N of M tokens in two documents, with one slot empty and full of NaN."""
-    draw = np.random.default_rng(N * 100 + M)
-    q = 2 * draw.standard_normal((B, N, H, 8)).astype(np.float32)
-    k, v = (draw.standard_normal((B, M, G, size)).astype(np.float32) for size in (8, 5))
-    pos = np.tile(np.arange(M, dtype=np.int32), (B, 1))
-    seg = np.where(pos < M // 3, 0, 1)
-    pos = np.where(seg == 1, pos - M // 3, pos)
-    seg[0, 0] = -1
-    k[0, 0] = np.nan
-    arrays = jax.tree.map(jnp.asarray, (q, pos[:, M - N :], seg[:, M - N :], k, v, pos, seg))
-    return Queries(*arrays[:3]), Keys(*arrays[3:])
 
 
 def oracle(probs: np.ndarray, seen: np.ndarray, k_pos: np.ndarray, matters: np.ndarray):
@@ -86,34 +63,9 @@ def oracle(probs: np.ndarray, seen: np.ndarray, k_pos: np.ndarray, matters: np.n
     }
 
 
-class Counting(Position):
-    """A position module that looks at whole rows: every key pays for the keys after it."""
-
-    biased = True
-    whole = True
-
-    def row_bias(self, params, z, seen, q, q_pos, k_pos):
-        return 0.3 * jnp.cumsum(jnp.where(seen, jax.nn.sigmoid(z), 0.0), -1)
-
-
-RULES = {
-    **{name: Rule(normaliser=build(name, 16)) for name in normalisers.names()},
-    "both directions": Rule(causal=False),
-    "soft cap": Rule(soft_cap=2.0),
-    "alibi": Rule(Alibi().init(jax.random.key(0), DIMS), Alibi()),
-    "window": Rule(patterns=(Near(5, 1),)),
-    "whole position": Rule(position=Counting()),
-}
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_statistics_are_those_of_the_dense_weights(name):
-    rule = RULES[name]
-    params = rule.normaliser.init(jax.random.key(0), DIMS)
-    rule = Rule(
-        rule.params, rule.position, rule.causal, rule.scale, rule.soft_cap, rule.patterns, (),
-        rule.normaliser, params,
-    )  # fmt: skip
+    rule = rule_of(name)
     queries, keys = tokens(23, 29)
     matters = jnp.stack([queries.pos // 2, queries.pos - 1], -1)
     rows = measured(queries, keys, rule, matters, tile=8)
@@ -228,7 +180,7 @@ def test_a_layer_is_measured_over_the_keys_that_it_attends_to(name):
     assert Observed(mechanism).over == OWN
     np.testing.assert_allclose(result.out, reference.out, rtol=1e-4, atol=1e-5)
     expected = np.asarray(reference.aux["probs"]).max(-1)
-    np.testing.assert_allclose(result.aux["rows"].largest, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.aux["observed"].largest, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_without_such_keys_says_so():

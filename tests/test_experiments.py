@@ -34,12 +34,13 @@ def test_measured_numbers_lie_in_their_bands(name, monkeypatch):
 
 def test_dilution_lies_in_its_bands(monkeypatch):
     module = load("dilution", "measure.py", monkeypatch)
-    rows, bands = read("dilution", "results.json")["rows"], read("dilution", "expected.json")
-    assert module.outside(rows, bands) == []
+    rows, expected = read("dilution", "results.json")["rows"], read("dilution", "expected.json")
+    assert module.outside(rows, expected["bands"]) == []
 
 
 @pytest.mark.parametrize(
-    "name", ["capacity", "context", "extrapolation", "mqar", "needle", "pointer"]
+    "name",
+    ["capacity", "context", "extrapolation", "magnitude_linear", "mqar", "needle", "pointer"],
 )
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
@@ -49,6 +50,15 @@ def test_claims_hold(name, monkeypatch):
     )
     for claim in claims:
         assert module.held(claim, found), claim
+
+
+@pytest.mark.parametrize("name", ["power", "sinks", "titans"])
+def test_claims_about_all_results_hold(name, monkeypatch):
+    module = load(name, "measure.py", monkeypatch)
+    results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
+    assert claims
+    for claim in claims:
+        assert module.held(claim, results), claim
 
 
 def test_the_arena_lies_in_its_bands_and_its_tables_are_what_was_measured(monkeypatch):

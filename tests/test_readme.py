@@ -1,6 +1,7 @@
 """What the README says can be typed, run and read as it stands."""
 
 import importlib.util
+import json
 import re
 import shlex
 from functools import lru_cache
@@ -68,6 +69,57 @@ def test_a_recorded_run_becomes_a_row():
     }
     row = refresh().result_table({"quickstart": run, "laptop": None}).splitlines()[-1]
     assert row == f"| `{run['command']}` | 2.000 | xz -9e 2.500 | 1.5 min | 2 cores, jax 0.10.2 |"
+
+
+def write_claim(folder: Path, **changes) -> None:
+    claim = {
+        "paper": "Somebody et al., Something",
+        "arxiv": "2000.00001",
+        "claim": "it finds more",
+        "published": "90 %",
+        "source": "table 1",
+        "ours": "{:.1%} of 8",
+        "values": [["rows", {"name": "it"}, "found"]],
+        "bands": [[0.7, 0.8]],
+        "verdict": "not reproduced",
+        "why": "it did not",
+    }
+    results = {
+        "command": "python x.py",
+        "hardware": "a core",
+        "rows": [{"name": "it", "found": 0.75}],
+    }
+    (folder / "some").mkdir(exist_ok=True)
+    expected = {"replications": [claim | changes]}
+    for name, value in (("expected", expected), ("results", results)):
+        (folder / "some" / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_what_was_measured_stands_beside_what_was_published(tmp_path):
+    write_claim(tmp_path)
+    found = refresh().replications(tmp_path)
+    text = refresh().replication_sections(found)
+    for row in (
+        "published | 90 % (table 1)",
+        "ours | 75.0 % of 8",
+        "verdict | **not reproduced**: it did not",
+    ):
+        assert f"| {row} |" in text
+    assert "| it finds more | `some` |" in refresh().replication_table(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bands": [[0.8, 0.9]]}, "0.75 not in 0.8..0.9"),
+        ({"bands": []}, "zip"),
+        ({"verdict": "nearly"}, "no verdict 'nearly'"),
+    ],
+)
+def test_a_verdict_that_does_not_hold_is_refused(tmp_path, changes, said):
+    write_claim(tmp_path, **changes)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        refresh().replications(tmp_path)
 
 
 @pytest.mark.parametrize("command", commands())

@@ -1,6 +1,6 @@
 """The statistics of every layer and head of a trained run, by the number of keys in sight."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnlab.analysis.dilution import NAMES, Rows, measure_rows
-from attnlab.core import Mechanism, Rule
+from attnlab.core import Keys, Mechanism, Queries, Rule
 from attnlab.mechanisms.block import Block, Same
 from attnlab.mechanisms.fixed import Fixed
 from attnlab.mechanisms.softmax import Softmax
@@ -45,13 +45,15 @@ def own_rule(mechanism: Mechanism, rule: Rule) -> Rule | None:
 
 @dataclass(frozen=True)
 class Observed(Mechanism):
-    """A mechanism that also returns the `Rows` of its weights as ``aux["rows"]``; see `ALL`."""
+    """A mechanism that also returns what ``measure`` says of its weights, from queries, keys and
+    rule, as ``aux["observed"]``; see `ALL`."""
 
     inner: Mechanism
+    measure: Callable[[Queries, Keys, Rule], Any] = measure_rows
 
     @property
     def over(self) -> str:
-        """Which keys the rows are over: `OWN` or `ALL`."""
+        """Which keys the weights are over: `OWN` or `ALL`."""
         return ALL if own_rule(self.inner, Rule()) is None else OWN
 
     def init(self, key, dims):
@@ -62,13 +64,17 @@ class Observed(Mechanism):
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         result = self.inner(params, queries, keys, rule, state, x=x, key=key)
-        rows = measure_rows(queries, keys, own_rule(self.inner, rule) or rule)
-        return result._replace(aux={**(result.aux or {}), "rows": rows})
+        found = self.measure(queries, keys, own_rule(self.inner, rule) or rule)
+        return result._replace(aux={**(result.aux or {}), "observed": found})
 
 
-def observe(model: Transformer) -> Transformer:
-    """The same model, with the same parameters, whose ``aux`` holds the `Rows` of every layer."""
-    return replace(model, mechanisms=tuple(map(Observed, model.mechanisms)))
+def observe(
+    model: Transformer, measure: Callable[[Queries, Keys, Rule], Any] = measure_rows
+) -> Transformer:
+    """The same model, with the same parameters, whose ``aux`` holds what ``measure`` says of every
+    layer, by default its `Rows`."""
+    observed = (Observed(mechanism, measure) for mechanism in model.mechanisms)
+    return replace(model, mechanisms=tuple(observed))
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -79,7 +85,7 @@ def _rows(
     sharding: NamedSharding | None,
 ) -> list[Rows]:
     out: Any = model.apply({"params": params}, batch["tokens"], batch["pos"], batch["seg"])
-    rows = [aux["rows"] for aux in out[1].aux]
+    rows = [aux["observed"] for aux in out[1].aux]
     if sharding is None:
         return rows
     return jax.lax.with_sharding_constraint(rows, NamedSharding(sharding.mesh, PartitionSpec()))

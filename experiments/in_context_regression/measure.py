@@ -45,9 +45,7 @@ def measure(name: str) -> dict[str, Any]:
         "steps": test["step"],
         "test_rows": test["rows"],
         "normalised_squared_error": round(test["normalised_squared_error"], 4),
-        "normalised_squared_error_95": [
-            round(x, 4) for x in test["normalised_squared_error_95"]
-        ],
+        "normalised_squared_error_95": [round(x, 4) for x in test["normalised_squared_error_95"]],
         "by_examples": [
             {"examples": row["low"], **{key: round(row[key], 4) for key in rows}}
             for row in test["by_examples"]

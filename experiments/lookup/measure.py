@@ -6,6 +6,7 @@ Writes down each number as it comes; prints what lies outside the bands of expec
 """
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def main(parts: Sequence[str]) -> None:
     if RESULTS.exists():
         results |= json.loads(RESULTS.read_text(encoding="utf-8"))
     results["command"] = "python experiments/lookup/measure.py"
+    results["hardware"] = f"{len(os.sched_getaffinity(0))} CPU cores, {platform.machine()}"
     results["versions"] = {"python": platform.python_version(), "jax": jax.__version__}
     for part in parts or MEASURES:
         for label, found in MEASURES[part]():

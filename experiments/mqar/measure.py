@@ -66,14 +66,16 @@ def points() -> Iterator[dict[str, Any]]:
             for number in heads:
                 yield {"attention": name, "pairs": pairs, "heads": number}
     yield {"attention": "window", "pairs": 4, "heads": 1, "window": 8}
+    yield {"attention": "dynamic_mask", "pairs": 4, "heads": 1, "kept": 8}
 
 
 def config_of(point: dict[str, Any], rate: float) -> ConfigDict:
-    name, reach = point["attention"], point.get("window")
+    name, reach, kept = point["attention"], point.get("window"), point.get("kept")
     config = base("window" if reach else f"window+{name}", "absolute", task="mqar")
     fields = SIZES | {"task.pairs": point["pairs"], "optimizer.learning_rate": rate}
     fields |= dict.fromkeys(("model.heads", "model.kv_heads"), point["heads"])
     fields |= {"attention.window": reach} if reach else {"attention.window.window": FIRST}
+    fields |= {f"attention.{name}.kept": kept} if kept else {}
     for path, value in fields.items():
         override(config, path, str(value))
     return config
@@ -133,7 +135,8 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def title(point: dict[str, Any]) -> str:
-    reach = f" {point['window']}" if "window" in point else ""
+    size = point.get("window") or point.get("kept")
+    reach = f" {size}" if size else ""
     return f"{point['attention']}{reach}, {point['pairs']} pairs, {point['heads']} heads"
 
 

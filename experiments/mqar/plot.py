@@ -15,6 +15,7 @@ COLOURS = {
     "linear": "#d1495b",
     "delta": "#1b6ca8",
     "window": "#edae49",
+    "dynamic_mask": "#2e933c",
 }
 
 
@@ -30,7 +31,7 @@ def main() -> None:
             f"{count} pairs in {results['sizes']['task.length']} tokens", loc="left", fontsize=11
         )
     panels[0].set_ylabel("answers right")
-    panels[0].legend(frameon=False, fontsize=9, loc="center right")
+    panels[0].legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.44))
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=150)
 
