@@ -32,9 +32,10 @@ def test_measured_numbers_lie_in_their_bands(name, monkeypatch):
     assert module.outside(read(name, "results.json"), read(name, "expected.json")) == []
 
 
-def test_dilution_lies_in_its_bands(monkeypatch):
-    module = load("dilution", "measure.py", monkeypatch)
-    rows, bands = read("dilution", "results.json")["rows"], read("dilution", "expected.json")
+@pytest.mark.parametrize("name", ["dilution", "sequence_parallel"])
+def test_measured_rows_lie_in_their_bands(name, monkeypatch):
+    module = load(name, "measure.py", monkeypatch)
+    rows, bands = read(name, "results.json")["rows"], read(name, "expected.json")
     assert module.outside(rows, bands) == []
 
 
