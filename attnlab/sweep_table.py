@@ -23,7 +23,7 @@ from attnlab.workdir import Workdir
 from attnlab.workdir import compare as changes
 
 RECORD = "sweep.json"
-FIGURES = ("score", "95 %", "validation", "steps", "tokens/s", "peak memory")
+FIGURES = ("validation", "test", "95 %", "steps", "tokens/s", "peak memory")
 
 
 def is_sweep(path: str | Path) -> bool:
@@ -72,18 +72,19 @@ def _describe(folder: Path, name: str, stopped: Mapping[str, str] | None) -> dic
 
 
 def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """One row a finished point, in the order of `columns`, the best first."""
+    """One row a finished point, in the order of `columns`, the best on the validation split first:
+    what is chosen by the test split is not measured by it any more."""
     done, rows = _done(result), []
     headline = _headline(done)
-    for point in sorted(done, key=lambda p: p["test"][headline.key], reverse=headline.higher):
+    for point in sorted(done, key=lambda p: p["validation"][headline.key], reverse=headline.higher):
         test = point["test"]
         low_high = test[f"{headline.key}_95"]
         rows.append(
             [
                 *_values(result, point),
+                f"{point['validation'][headline.key]:.4f}",
                 f"{test[headline.key]:.4f}",
                 f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else "–",
-                f"{point['validation'][headline.key]:.4f}",
                 f"{point['steps']:,}",
                 short(point["tokens_per_second"]),
                 short(point["peak_bytes"], "B"),
@@ -93,9 +94,9 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def columns(result: Mapping[str, Any]) -> list[str]:
-    """What differs, and `FIGURES` with the name of the score."""
-    title = _headline(_done(result)).title
-    return [*result["fields"], *(title if name == "score" else name for name in FIGURES)]
+    """What differs, and `FIGURES` with the name of the score before the first."""
+    first, *others = FIGURES
+    return [*result["fields"], f"{_headline(_done(result)).title}: {first}", *others]
 
 
 def failures(result: Mapping[str, Any]) -> list[list[str]]:
@@ -135,7 +136,7 @@ def page(result: Mapping[str, Any]) -> list[str]:
     shared = [[path, plain(value)] for path, value in result["shared"].items()]
     return [
         "<h1>Sweep</h1>",
-        f"<p>{count}; the best stands first.</p>",
+        f"<p>{count}; the best on the validation split stands first.</p>",
         f'<div class="wide">{table(columns(result), table_rows(result), own=0)}</div>',
         *([table([*result["fields"], "state", "why"], bad)] if bad else []),
         "<h2>How it was made</h2>",

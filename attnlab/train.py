@@ -84,6 +84,7 @@ def train(
             return 0
         mesh = make_mesh(config.mesh)
         check_length(mesh, config.task.length)
+        batch_sharding(mesh, config.task.batch)
         task: Any = hosts.in_turn(lambda: tasks.build(config.task, seed=config.seed))
         hosts.agree("the data", task.info())
         if process == 0:
@@ -91,6 +92,7 @@ def train(
         announce(config, mesh)
         if not together.stop():
             trainer, watchdog = Trainer(config, task, mesh, run), Watchdog(patience, saved)
+            run.stays()
             with (
                 trainer.checkpoints,
                 trainer.writer,

@@ -15,10 +15,11 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attnlab.errors import DataError, UserError, did_you_mean
+from attnlab.errors import AttnlabError, DataError, UserError, did_you_mean
 from attnlab.files import flatten, read_json, replace_file, write_json
 from attnlab.lock import Lock
 from attnlab.provenance import describe_attempt
@@ -39,6 +40,7 @@ HARMLESS = (  # may differ between starts: they change the words, not the number
     "mesh",
 )
 GROWING = ("train.steps",)  # may become larger
+RECORDS = ("config.json", "command.txt", "run.json")
 SHOWN = 8  # differing fields named in an error line
 
 
@@ -56,6 +58,8 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self._lock = Lock(self.path / "lock.json")
+        self._made = not self.path.exists()
+        self._before: dict[str, bytes | None] = {}  # the records as they were before `begin`
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -81,7 +85,13 @@ class Workdir:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        refused = isinstance(error, AttnlabError)
+        if refused:
+            self._forget()
         self._lock.release()
+        if refused and self._made:
+            with suppress(OSError):  # something is in it
+                self.path.rmdir()
 
     def config(self) -> dict[str, Any]:
         """The stored config. Raises DataError when it is missing or garbage."""
@@ -100,6 +110,7 @@ class Workdir:
         `config` is JSON-able, nested (`ConfigDict.to_dict()`). Dotted paths matching a pattern in
         `harmless` may change; numbers matching `growing` may become larger. A change of either
         kind reopens a finished run. Raises UserError listing `path: saved -> now` otherwise.
+        Until `stays`, an `AttnlabError` that leaves the workdir undoes it.
         """
         if self.process != 0:
             return
@@ -124,6 +135,7 @@ class Workdir:
                 *map(_show, (*before, attempt["devices"])),
             )
         run["attempts"].append(attempt)
+        self._before = {name: self._content(name) for name in RECORDS}
         try:
             write_json(self.path / "config.json", config)
             replace_file(
@@ -132,6 +144,10 @@ class Workdir:
             write_json(self.path / "run.json", run)
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def stays(self) -> None:
+        """The start that `begin` recorded was not refused: its record stays, whatever happens."""
+        self._before = {}
 
     def finished(self) -> dict[str, Any] | None:
         """What `finish` recorded, or None: running the same command again then has nothing to do.
@@ -166,6 +182,20 @@ class Workdir:
                 f"workdir {self.path} holds a run with another config ({', '.join(bad[:SHOWN])}"
                 f"{more}); choose another workdir or the same config"
             )
+
+    def _content(self, name: str) -> bytes | None:
+        path = self.path / name
+        return path.read_bytes() if path.exists() else None
+
+    def _forget(self) -> None:
+        """Puts the records back that `begin` has replaced: a start that was refused is none."""
+        for name, content in self._before.items():
+            with suppress(OSError):  # what is on its way out says more
+                if content is None:
+                    (self.path / name).unlink(missing_ok=True)
+                else:
+                    replace_file(self.path / name, content)
+        self._before = {}
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

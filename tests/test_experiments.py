@@ -38,6 +38,12 @@ def test_dilution_lies_in_its_bands(monkeypatch):
     assert module.outside(rows, expected["bands"]) == []
 
 
+def test_a_shared_sequence_is_what_was_expected(monkeypatch):
+    module = load("sequence_parallel", "measure.py", monkeypatch)
+    rows = read("sequence_parallel", "results.json")["rows"]
+    assert module.outside(rows, read("sequence_parallel", "expected.json")) == []
+
+
 @pytest.mark.parametrize(
     "name",
     ["capacity", "context", "extrapolation", "magnitude_linear", "mqar", "needle", "pointer"],

@@ -42,9 +42,9 @@ if rate == 0.25 and (folder / "starts").read_text() == "x":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     (folder / "waits").touch()
     time.sleep(60)
-score = {"step": 12, "bits_per_byte": rate, "bits_per_byte_95": [rate / 2, 2 * rate], "length": 32}
-for split in ("validation", "test"):
-    (folder / f"{split}.json").write_text(json.dumps(score))
+for split, bits in {"validation": rate, "test": 1 - rate}.items():
+    score = {"step": 12, "bits_per_byte": bits, "bits_per_byte_95": [bits / 2, 2 * bits]}
+    (folder / f"{split}.json").write_text(json.dumps(score | {"length": 32}))
 rows = [{"step": s, "time": s * 2.0, "train/loss": 1.0} for s in range(5)]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (folder / "run.json").write_text(json.dumps({"finished": {"step": 12}, "attempts": []}))
@@ -109,16 +109,16 @@ def test_no_two_points_share_a_directory_and_none_leaves_the_workdir():
     assert all(re.fullmatch(r"prompt=[\w.=-]{0,120}", folder, re.ASCII) for folder in folders)
 
 
-def test_every_point_is_trained_and_what_fails_stops_nothing(stand_in, capsys):
+def test_every_point_is_trained_ranked_by_validation_and_what_fails_stops_nothing(stand_in, capsys):
     configs = rates(0.125, 0.5, 0.0625, 0.75)
     assert sweep(configs, stand_in, workers=2) == 2
     said = capsys.readouterr()
     result = collect(stand_in)
     best = [row[:4] for row in table_rows(result)]
     assert best == [
-        ["0.0625", "0.0625", "0.031 to 0.125", "0.0625"],
-        ["0.125", "0.1250", "0.062 to 0.250", "0.1250"],
-        ["0.75", "0.7500", "0.375 to 1.500", "0.7500"],
+        ["0.0625", "0.0625", "0.9375", "0.469 to 1.875"],
+        ["0.125", "0.1250", "0.8750", "0.438 to 1.750"],
+        ["0.75", "0.7500", "0.2500", "0.125 to 0.500"],
     ]
     assert failures(result) == [["0.5", "failed", "step 3: loss nan"]]
     for text in (said.out, (stand_in / "sweep.md").read_text()):

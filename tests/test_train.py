@@ -103,15 +103,30 @@ def make_trainer(config, workdir):
     return Trainer(config, task, make_mesh(config.mesh), workdir)
 
 
-def test_a_wrong_config_may_be_corrected_as_long_as_nothing_is_saved(tmp_path):
+def test_a_wrong_config_may_be_corrected_as_long_as_nothing_is_saved(tmp_path, caplog):
     with pytest.raises(DataError, match="no file matches"):
         run(tiny("task.corpus=text:/nowhere/*.txt"), tmp_path)
     prompt = "x" * 40
     with pytest.raises(UserError, match="the prompt has 41 tokens"):
         run(tiny(f"sample.prompt={prompt}"), tmp_path)
+    assert not list(tmp_path.iterdir())
+    caplog.clear()
     assert run(tiny("train.steps=1", *QUICK), tmp_path) == 0
+    assert not caplog.text, "a start that was refused is none"
     with pytest.raises(UserError, match=r"model\.width: 16 -> 32"):
         run(tiny("train.steps=1", "model.width=32", *QUICK), tmp_path)
+
+
+def test_a_mesh_that_is_refused_leaves_a_run_as_it_was(tmp_path, caplog):
+    config = tiny("train.steps=1", *QUICK)
+    assert run(config, tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match="has 3 places for 8 devices"):
+        run(tiny("train.steps=2", "mesh=data:3", *QUICK), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()} == before
+    caplog.clear()
+    assert run(tiny("train.steps=2", *QUICK), tmp_path) == 0
+    assert "mesh" not in caplog.text
 
 
 def signal_during(monkeypatch, place, name, number=signal.SIGTERM, when=1):
@@ -400,7 +415,7 @@ def test_a_mistake_is_one_line_with_the_remedy(tmp_path, capsys, monkeypatch, fl
     said = [line for line in error if not progress.match(line)]
     assert len(said) == 1, error
     assert message in said[0]
-    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_corpus_is_one_line(tmp_path, capsys):

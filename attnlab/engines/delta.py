@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, Dims
-from attnlab.engines import passing, report_use, sharded
+from attnlab.engines import passing, report_use, sharded, triangular
 from attnlab.engines.undecayed import State, by_rows, initial_state, latest_document, pad
 from attnlab.products import collected, mixed, scores
 
@@ -178,13 +178,6 @@ def _prepared(seg: Array, before: Array, tokens: tuple) -> _Chunk:
     )
 
 
-def _solved(A: Array, rhs: Array, transposed: bool = False) -> Array:
-    """(I + A)⁻¹ rhs, or (I + A)⁻ᵀ rhs, of what is below the diagonal of A."""
-    return lax.linalg.triangular_solve(
-        A, rhs, left_side=True, lower=True, unit_diagonal=True, transpose_a=transposed
-    )
-
-
 def _gathered(a: Array, b: Array) -> Array:
     """Σ over heads and tokens of [B G R C X] and [B G R C Y]: [B G X Y]."""
     B, G, R, C, _ = a.shape
@@ -204,7 +197,7 @@ def _forward(tokens: tuple, seg: Array, state: State):
         z = _prepared(seg, before, tokens)
         kk, qk, below = z.meet()
         wanted = z.v - mixed(z.since * z.k, S)
-        U = _solved(z.beta * kk * below, z.beta * wanted)
+        U = triangular.solve(z.beta * kk * below, z.beta * wanted)
         out = by_rows(mixed, qk * z.between[:, :, None], U)
         out += by_rows(mixed, z.since[:, :, None] * z.q, S)
         after = z.whole * S + collected(z.until * z.k, U)
@@ -226,7 +219,7 @@ def _backward(residuals, cotangents):
         d_out = jnp.moveaxis(d_out, 1, -2)
         between, since = z.between[:, :, None], z.since[:, :, None]
         dU = _gathered(qk * between, d_out) + mixed(z.until * z.k, G)
-        dR = _solved(z.beta * kk * below, dU, transposed=True)
+        dR = triangular.solve(z.beta * kk * below, dU, transposed=True)
         dv = z.beta * dR
         dP = by_rows(scores, d_out, U)
         dA = -scores(dR, U)

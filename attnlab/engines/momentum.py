@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, Dims
-from attnlab.engines import report_use
+from attnlab.engines import report_use, triangular
 from attnlab.engines.delta import unit
 from attnlab.engines.undecayed import by_rows, latest_document, pad
 from attnlab.products import collected, mixed, scores
@@ -203,9 +203,7 @@ def _chunk(state: State, tokens: tuple) -> tuple[State, Array]:
 
     wanted = v - mixed(asking(k, w.since_before), past)
     system = rate * scores(k, k) * w.before
-    U = lax.linalg.triangular_solve(
-        system, rate * wanted, left_side=True, lower=True, unit_diagonal=True
-    )
+    U = triangular.solve(system, rate * wanted)
     out = by_rows(mixed, by_rows(scores, q, k) * w.between[:, :, None], U)
     out += by_rows(mixed, asking(q, w.since[:, :, None]), past)
     old = jnp.stack(state[:2], 2)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from attnlab.core import Array, Cost, Dims, Mechanism
-from attnlab.engines import association
+from attnlab.engines import association, triangular
 from attnlab.engines.association import Chunk, Memory, State
 from attnlab.errors import UserError
 from attnlab.mechanisms.infini import Update, count_flops, positive, recall, recall_by_token
@@ -88,7 +87,7 @@ def _write(chunk: Chunk) -> Array:
     score = jnp.einsum("bcgd,bjgd->bgcj", chunk.k, chunk.k)
     score = jnp.where(jnp.tril(chunk.together, -1)[:, None], score, 0)
     wanted = jnp.moveaxis(chunk.v - known, 2, 1)
-    w = solve_triangular(score, wanted, lower=True, unit_diagonal=True)
+    w = triangular.solve(score, wanted)
     return _counted(jnp.moveaxis(w, 1, 2), chunk.v)
 
 
