@@ -107,6 +107,18 @@ class Combination(Mechanism):
             states[USED] = jnp.zeros((), jnp.int32)
         return states or ()
 
+    def source(self, x, embedded, pos):
+        """That of all parts that ask for one. Raises `UserError` where they ask for several."""
+        asked = ((part, part.source(x, embedded, pos)) for part in dict.fromkeys(self.parts))
+        found = {id(z): (part, z) for part, z in asked if z is not None}
+        if len(found) > 1:
+            (one, _), (other, _), *_ = found.values()
+            raise UserError(
+                f"attention {key_of(self)}: {key_of(one)} and {key_of(other)} project queries and "
+                "keys from different things, and a layer has one projection; give each its layers"
+            )
+        return next((z for _, z in found.values()), None)
+
     def carried(self, state):
         names = {f"part_{i}": part for i, part in enumerate(self.parts) if part.carries}
         return {name: part.carried(state[name]) for name, part in names.items()}

@@ -425,6 +425,14 @@ class Mechanism:
     """The model hands over keys with a ``unit``: 4 b + e for a token that begins a unit of level b
     and ends one of level e; 0 none, 1 a word, 2 a sentence, 3 a paragraph, and all levels below."""
 
+    def source(self, x: Array, embedded: Array, pos: Array) -> Array | None:
+        """What the model projects queries and keys of a layer from, [B N width]: ``x``, the block's
+        input, unless a mechanism says otherwise. ``embedded`` [B N width] is the same block's input
+        if no layer came before it, and ``pos`` [B N]. None: nothing is projected, and queries and
+        keys are 0. Values are always projected from ``x``. Who calls a mechanism without the model
+        sees to this himself."""
+        return x
+
     @property
     def relative(self) -> bool:
         """With a relative position module, outputs do not change when every position grows by the

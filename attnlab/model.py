@@ -114,16 +114,20 @@ class Attention(nn.Module):
     normaliser: Normaliser
 
     @nn.compact
-    def __call__(self, x, pos, seg, unit, position_params, memory, taps):
+    def __call__(self, x, embedded, pos, seg, unit, position_params, memory, taps):
         a, B, N = self.architecture, *x.shape[:2]
 
-        def project(name: str, heads: int) -> Array:
-            z = _dense(heads * a.head_dim, 1.0, a.dtype, name)(x).reshape(B, N, heads, -1)
+        def project(name: str, heads: int, source: Array | None) -> Array:
+            if source is None:
+                return jnp.zeros((B, N, heads, a.head_dim), a.dtype)
+            z = _dense(heads * a.head_dim, 1.0, a.dtype, name)(source).reshape(B, N, heads, -1)
             normed = a.qk_norm and name != "value"
             return nn.RMSNorm(dtype=a.dtype, name=f"{name}_norm")(z) if normed else z
 
-        queries = Queries(project("query", a.heads), pos, seg)
-        keys = Keys(project("key", a.kv_heads), project("value", a.kv_heads), pos, seg)
+        source = self.mechanism.source(x, embedded, pos)
+        queries = Queries(project("query", a.heads, source), pos, seg)
+        k, v = project("key", a.kv_heads, source), project("value", a.kv_heads, x)
+        keys = Keys(k, v, pos, seg)
         if self.mechanism.marked:
             keys = keys._replace(unit=unit)
         if position_params is None:
@@ -192,12 +196,13 @@ class Block(nn.Module):
     taps: tuple
 
     @nn.compact
-    def __call__(self, x, pos, seg, unit, position_params, memory):
+    def __call__(self, x, embedded, pos, seg, unit, position_params, memory):
         a = self.architecture
         drop = nn.Dropout(a.dropout, deterministic=not self.train)
         attention = Attention(a, self.mechanism, self.position, self.normaliser, name="attention")
-        z = nn.RMSNorm(dtype=a.dtype, name="attention_norm")(x)
-        z, memory, aux = attention(z, pos, seg, unit, position_params, memory, self.taps)
+        norm = nn.RMSNorm(dtype=a.dtype, name="attention_norm")
+        tokens = norm(x), norm(embedded), pos, seg, unit
+        z, memory, aux = attention(*tokens, position_params, memory, self.taps)
         x += drop(z)
         if a.mlp == "none":
             return x, memory, aux
@@ -248,11 +253,12 @@ class Backbone(nn.Module):
         if any(mechanism.marked for mechanism in self.mechanisms):
             unit = self.units(tokens)
         block, after, aux = nn.remat(Block) if a.remat else Block, [], []
+        embedded = x
         for i, (mechanism, past) in enumerate(zip(self.mechanisms, memory)):
             layer = block(
                 a, mechanism, self.position, self.normaliser, train, taps, name=f"layer_{i}"
             )
-            x, past, extra = layer(x, pos, seg, unit, shared, past)
+            x, past, extra = layer(x, embedded, pos, seg, unit, shared, past)
             after.append(past)
             aux.append(extra)
         return self.norm(x), Extras(tuple(after), tuple(aux))

@@ -46,7 +46,16 @@ def test_a_shared_sequence_is_what_was_expected(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["capacity", "context", "extrapolation", "magnitude_linear", "mqar", "needle", "pointer"],
+    [
+        "capacity",
+        "context",
+        "deconstructed",
+        "extrapolation",
+        "magnitude_linear",
+        "mqar",
+        "needle",
+        "pointer",
+    ],
 )
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)

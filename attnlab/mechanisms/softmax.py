@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from attnlab.core import Cost, Dims, Mechanism, Result, count_pairs
 from attnlab.engines import dense, ring
 from attnlab.errors import UserError
+from attnlab.refusals import key_of
 from attnlab.registry import register
 
 
@@ -26,7 +27,7 @@ class Softmax(Mechanism):
 
     def __post_init__(self):
         if self.tile is not None and self.tile < 1:
-            raise UserError(f"softmax: tile={self.tile}; use at least 1, or none")
+            raise UserError(f"{key_of(self)}: tile={self.tile}; use at least 1, or none")
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         out, lse = ring.attend(queries, keys, rule, self.tile)

@@ -72,13 +72,17 @@ def check_counted_flops(case: Case, length: int = 1024, kv_heads: int = 1) -> No
 def check_counted_gradient(case: Case, length: int = 1024, kv_heads: int = 1) -> None:
     """Forward and backward pass execute some three times the forward pass: two products for each
     one of it, less where nothing flows back; at most one more where it is done again, and half of
-    one where the engine then makes its logits once more by itself."""
+    one where the engine then makes its logits once more by itself. Where nothing is asked, only
+    values flow back: one product for each."""
     inputs, _ = counted(case, length, kv_heads)
     cotangent = jax.numpy.asarray(cotangent_of(inputs))
     with mock.patch.object(blockwise, "tile_size", return_value=FINE):
         done = counting.count(lambda z: evaluate(case, z, cotangent, own_loss=False), inputs)
         forward = counting.count(lambda z: attend(case, z).out, inputs)
-    assert 2.5 < done / forward < 4.5, f"executes {done:.4g}, {forward:.4g} forward"
+    asked = case.mechanism.source(inputs.x, inputs.x, inputs.pos) is not None
+    assert (2.5 if asked else 1.9) < done / forward < 4.5, (
+        f"executes {done:.4g}, {forward:.4g} forward"
+    )
 
 
 def counted(case: Case, length: int, kv_heads: int) -> tuple[Inputs, float]:
