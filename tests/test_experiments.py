@@ -39,13 +39,15 @@ def test_dilution_lies_in_its_bands(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["capacity", "context", "extrapolation", "mqar", "needle", "pointer"]
+    "name", ["capacity", "context", "extrapolation", "hyper", "mqar", "needle", "pointer"]
 )
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
     found = next(
-        results[key] for key in ("models", "bits_per_byte", "rows", "rules") if key in results
+        results[key]
+        for key in ("models", "bits_per_byte", "rows", "rules", "modes")
+        if key in results
     )
     for claim in claims:
         assert module.held(claim, found), claim
