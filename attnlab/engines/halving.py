@@ -106,7 +106,8 @@ def leaves(places: Places, leaf: int) -> tuple[Array, Array]:
 
 def halves(places: Places, step: Array | int, least: int, block: int, causal: bool) -> Rectangles:
     """The rectangles of one step, ``least`` or more. Blocks of a row: at most `most_blocks`."""
-    bound, most = (-(-places.order.shape[1] // n) for n in (step, least))
+    length = places.order.shape[1]
+    bound, most = -(-length // step), -(-length // least)
     half = places.own // step
     number = half ^ 1
     count = jnp.clip(places.length - number * step, 0, step)
@@ -121,8 +122,7 @@ def halves(places: Places, step: Array | int, least: int, block: int, causal: bo
 
     first = places.first + number * step
     mine = jnp.where(count > 0, index(first, count), 0)
-    at = jnp.arange(places.order.shape[1])
-    other = (at - places.start) // step
+    other = (jnp.arange(length) - places.start) // step
     start = places.start + other * step
     size = jnp.clip(places.size - other * step, 0, step)
     asked = (size == step) | ((size > 0) & (other % 2 == 1) & (not causal))
