@@ -80,7 +80,7 @@ def attend(queries: Queries, keys: Keys, rule: Rule, plan: Plan) -> tuple[Array,
     queries, keys = queries.cleared(), keys.cleared()
     q = rule.rotate(queries.q, queries.pos, "query").swapaxes(1, 2)
     k = rule.rotate(keys.k, keys.pos, "key").swapaxes(1, 2)
-    tokens = queries.pos, queries.seg, keys.pos, keys.seg
+    tokens = tuple(map(jnp.asarray, (queries.pos, queries.seg, keys.pos, keys.seg)))
     return _attend(rule, q, k, keys.v.swapaxes(1, 2), tokens, plan)
 
 
@@ -175,7 +175,6 @@ def _backward(residuals, cotangents):
     rule, q, k, v, tokens, plan, out, lse = residuals
     d_out, d_lse = cotangents
     delta = jnp.einsum("...e,...e->...", d_out, out) - d_lse
-    d_out = d_out.astype(v.dtype)
 
     def add_round(carry, plan: Plan):
         tiles, used = _used(plan)
@@ -195,7 +194,7 @@ def _backward(residuals, cotangents):
             p = jnp.where(tile.seen, jnp.exp(z + tile.weight - rows), 0.0)
             add_rule, add_q, add_k = pull(p * (scores(do, tile.v) - delta[tile.at_q][..., None]))
             dk = dk.at[tile.at_k].add(add_k.astype(jnp.float32))
-            dv = dv.at[tile.at_k].add(collected(p.astype(v.dtype), do))
+            dv = dv.at[tile.at_k].add(collected(p, do))
             found = lax.dynamic_update_index_in_dim(found, add_q.astype(jnp.float32), i, 0)
             return jax.tree.map(jnp.add, d_rule, add_rule), dk, dv, found
 

@@ -51,6 +51,7 @@ class Hyper(Mechanism):
     seed: int = 0
 
     cost = Cost(time=1, memory=1, state=1)
+    isotropic = False  # planes have directions of their own
 
     def __post_init__(self):
         least = min(self.leaf, self.block, self.samples, self.planes)
