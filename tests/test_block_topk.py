@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.core import Keys, Queries, Rule
+from attnlab.engines.gathered import group
 from attnlab.errors import UserError
-from attnlab.mechanisms.block_topk import BlockTopK, group
+from attnlab.mechanisms.block_topk import BlockTopK
 from attnlab.mechanisms.softmax import Softmax
 from attnlab.positions.none import NoPosition
 

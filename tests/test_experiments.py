@@ -51,6 +51,7 @@ def test_a_shared_sequence_is_what_was_expected(monkeypatch):
         "context",
         "deconstructed",
         "extrapolation",
+        "hyper",
         "magnitude_linear",
         "mqar",
         "needle",
@@ -61,7 +62,9 @@ def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]
     found = next(
-        results[key] for key in ("models", "bits_per_byte", "rows", "rules") if key in results
+        results[key]
+        for key in ("models", "bits_per_byte", "rows", "rules", "modes")
+        if key in results
     )
     for claim in claims:
         assert module.held(claim, found), claim

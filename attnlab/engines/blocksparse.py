@@ -151,7 +151,7 @@ def _listed(index: Array, blocks: tuple[Array, ...], tokens: tuple[Array, ...]):
     return (row, group, at), k, v, pos, jnp.where((index == NONE)[..., None], -1, seg)
 
 
-def _seen(rule: Rule, q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array) -> Array:
+def seen_by_head(rule: Rule, q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array) -> Array:
     """`Rule.visible` with tokens [B H T], [B H C] that differ between heads: [B H T C]."""
     B, H = q_pos.shape[:2]
     flat = (z.reshape(B * H, -1) for z in (q_pos, q_seg, k_pos, k_seg))
@@ -159,7 +159,7 @@ def _seen(rule: Rule, q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array) ->
     return seen.reshape(B, H, *seen.shape[1:])
 
 
-def _biased(rule: Rule, q: Array, k: Array, q_pos: Array, k_pos: Array) -> Array:
+def biased_by_head(rule: Rule, q: Array, k: Array, q_pos: Array, k_pos: Array) -> Array:
     """`Rule.biased` with positions that differ between heads: [B H T D], [B H C D] -> [B H T C].
 
     A position module is asked once per head for that head alone; what it computes for the others
@@ -186,8 +186,8 @@ def _visit(rule: Rule, q: Array, k: Array, v: Array, asking, answering):
         def step(t, carry):
             top, total, out = carry
             _, k_t, v_t, k_pos, k_seg = _listed(table[..., t], (k, v), answering)
-            seen = _seen(rule, pos, seg, k_pos, k_seg)
-            z = jnp.where(seen, _biased(rule, q, k_t, pos, k_pos), MASK)
+            seen = seen_by_head(rule, pos, seg, k_pos, k_seg)
+            z = jnp.where(seen, biased_by_head(rule, q, k_t, pos, k_pos), MASK)
             new_top = jnp.maximum(top, jnp.max(z, -1))
             shrink = jnp.exp(top - new_top)
             weight = jnp.where(seen, jnp.exp(z - new_top[..., None]), 0.0)
@@ -225,8 +225,10 @@ def _backward(residuals, cotangents):
         def step(t, carry):
             d_rule, dk, dv, dq = carry
             at, k_t, v_t, k_pos, k_seg = _listed(table[..., t], (k, v), answering)
-            z, pull = jax.vjp(lambda rule, q, k: _biased(rule, q, k, pos, k_pos), rule, q, k_t)
-            seen = _seen(rule, pos, seg, k_pos, k_seg)
+            z, pull = jax.vjp(
+                lambda rule, q, k: biased_by_head(rule, q, k, pos, k_pos), rule, q, k_t
+            )
+            seen = seen_by_head(rule, pos, seg, k_pos, k_seg)
             p = jnp.where(seen, jnp.exp(z - lse[..., None]), 0.0)
             dp = scores(d_out, v_t)
             add_rule, add_q, add_k = pull(p * (dp - delta[..., None]))

@@ -9,12 +9,17 @@ from attnlab.engines import report_use
 
 
 def attend(
-    queries: Queries, keys: Keys, rule: Rule, among: Array | None = None
+    queries: Queries,
+    keys: Keys,
+    rule: Rule,
+    among: Array | None = None,
+    added: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """weights(logits) v, row by row, softmax unless the rule says otherwise; a row with no visible
     key gives 0.
 
-    ``among``, bool and broadcastable to [B H N M], narrows what the rule allows, by content.
+    ``among``, bool and broadcastable to [B H N M], narrows what the rule allows, by content;
+    ``added``, f32 and alike, is added to the logits.
     Returns ``out`` [B N H E] in the dtype of the queries, ``lse`` [B H N] f32 (log-sum-exp of the
     logits whatever the normaliser, `MASK` for an empty row) and ``probs`` [B H N M] f32. Cost:
     O(N M) time and memory.
@@ -22,9 +27,9 @@ def attend(
     report_use("dense", "XLA")
     seen = rule.allowed(queries, keys)[:, None]
     z = rule.logits(queries, keys)
-    if among is not None:
-        seen = seen & among
-        z = jnp.where(seen, z, MASK)
+    if among is not None or added is not None:
+        seen = seen if among is None else seen & among
+        z = jnp.where(seen, z if added is None else z + added, MASK)
     probs = rule.tap("probs", rule.weights(z, seen))
     out = mix(rule, probs, keys.cleared().v.astype(jnp.float32), queries.pos, keys.pos)
     return rule.tap("heads", out.astype(queries.q.dtype)), log_sum(z, seen), probs

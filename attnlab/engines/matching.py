@@ -10,24 +10,29 @@ from attnlab.core import MASK, Array, Keys, Queries, Rule
 from attnlab.engines import dense
 
 
-def locate(pos: Array, seg: Array, among_pos: Array, among_seg: Array) -> Array:
-    """The slot of the token at ``pos`` of document ``seg`` [B N] among tokens [B M]: int32 [B N],
-    -1 where there is none or the slot that asks is empty. Cost: a sort, O((N + M) log(N + M))."""
+def latest(pos: Array, seg: Array, among_pos: Array, among_seg: Array) -> Array:
+    """The slot of the newest token of document ``seg`` [B N] at ``pos`` or before, among tokens
+    [B M]: int32 [B N], -1 where there is none or the slot that asks is empty. Cost: a sort,
+    O((N + M) log(N + M))."""
     M = among_pos.shape[1]
     both_pos = jnp.concatenate([among_pos, pos], 1)
     both_seg = jnp.concatenate([among_seg, seg], 1)
     asks = jnp.broadcast_to(jnp.arange(both_pos.shape[1]) >= M, both_pos.shape)
     order = jnp.lexsort((asks, both_pos, both_seg))
-    latest = jax.lax.cummax(jnp.where(order < M, jnp.arange(order.shape[1]), -1), axis=1)
-    slot = jnp.take_along_axis(order, jnp.maximum(latest, 0), 1)
+    newest = jax.lax.cummax(jnp.where(order < M, jnp.arange(order.shape[1]), -1), axis=1)
+    slot = jnp.take_along_axis(order, jnp.maximum(newest, 0), 1)
     slot = jnp.take_along_axis(slot, jnp.argsort(order, 1)[:, M:], 1)
     slot = jnp.minimum(slot, M - 1)
+    found = (seg >= 0) & (jnp.take_along_axis(among_seg, slot, 1) == seg)
+    return jnp.where(found & (jnp.take_along_axis(among_pos, slot, 1) <= pos), slot, -1)
 
-    def same(z: Array, among: Array) -> Array:
-        return jnp.take_along_axis(among, slot, 1) == z
 
-    found = (seg >= 0) & same(seg, among_seg) & same(pos, among_pos)
-    return jnp.where(found, slot, -1)
+def locate(pos: Array, seg: Array, among_pos: Array, among_seg: Array) -> Array:
+    """The slot of the token at ``pos`` of document ``seg`` [B N] among tokens [B M]: int32 [B N],
+    -1 where there is none or the slot that asks is empty. Cost as `latest`."""
+    slot = latest(pos, seg, among_pos, among_seg)
+    same = jnp.take_along_axis(among_pos, jnp.maximum(slot, 0), 1) == pos
+    return jnp.where(same, slot, -1)
 
 
 def attend_densely(rule: Rule, *parts: tuple[Queries, Keys, Array]) -> tuple[Array, Array, Array]:

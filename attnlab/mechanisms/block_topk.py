@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from attnlab.core import (
 )
 from attnlab.engines import blockwise, dense, parts
 from attnlab.engines.blocksparse import Tiled, blocks_of, by_position, visit
+from attnlab.engines.gathered import group
 from attnlab.errors import UserError
 from attnlab.mechanisms.block import Same
 from attnlab.refusals import key_of, refuse_bidirectional, refuse_normaliser
@@ -179,36 +179,3 @@ class BlockTopK(Mechanism):
     @classmethod
     def examples(cls):
         return (cls(block=4, chosen=2), cls(block=5, chosen=1))
-
-
-class Groups(NamedTuple):
-    """Pairs in tiles of which each has one block; see `group`."""
-
-    pair: Array
-    table: Array
-    slot: Array
-
-
-def group(block: Array, blocks: int, tile: int) -> Groups:
-    """Lays out pairs [P], each of which wants ``block`` [P] (−1: none), so that every tile of
-    ``tile`` slots holds pairs of one block, in their order.
-
-    Returns ``pair`` [n tile], the pair in each slot (−1: empty); ``table`` [n], the block of each
-    tile (−1: none); ``slot`` [P], where each pair went (anywhere for −1). No pair is left out:
-    n = min(P, ⌊P / tile⌋ + blocks), since each block leaves less than one tile unfilled.
-    """
-    P = block.shape[0]
-    n = min(P, P // tile + blocks)
-    wanted = jnp.where(block < 0, blocks, block)
-    order = jnp.argsort(wanted, stable=True)
-    begin = jnp.searchsorted(wanted[order], jnp.arange(blocks + 1))
-    tiles_end = jnp.cumsum(-(-jnp.diff(begin) // tile))
-    tiles_begin = jnp.pad(tiles_end, (1, 0))  # [blocks + 1], the last for pairs without a block
-    table = jnp.searchsorted(tiles_end, jnp.arange(n), side="right")
-    rank = (jnp.arange(n) - tiles_begin[table])[:, None] * tile + jnp.arange(tile)
-    at = begin[table][:, None] + rank
-    end = jnp.append(begin[1:], 0)[table][:, None]
-    pair = jnp.where(at < end, order[jnp.minimum(at, P - 1)], -1)
-    place = jnp.argsort(order)  # of each pair in the sorted list
-    slot = (tiles_begin[wanted] * tile) + place - begin[wanted]
-    return Groups(pair, jnp.where(table < blocks, table, -1), jnp.minimum(slot, n * tile - 1))

@@ -113,12 +113,9 @@ class DynamicMask(Mechanism):
         count = jnp.einsum("bnm,bgmj->bgnj", seen[:, 0] * 1.0, ahead * 1.0)
         heads = queries.q.shape[2] // keys.k.shape[2]
         seen &= jnp.repeat(count < self.kept, heads, 1)
-        z = rule.logits(queries, keys) + jnp.repeat(weight, heads, 1)[:, :, None]
-        z = jnp.where(seen, z, MASK)
-        probs = rule.tap("probs", rule.weights(z, seen))
-        out = dense.mix(rule, probs, keys.v.astype(jnp.float32), queries.pos, keys.pos)
-        out = rule.tap("heads", out.astype(queries.q.dtype))
-        return Result(out, state, {"lse": dense.log_sum(z, seen), "probs": probs})
+        weight = jnp.repeat(weight, heads, 1)[:, :, None]
+        out, lse, probs = dense.attend(queries, keys, rule, seen, weight)
+        return Result(out, state, {"lse": lse, "probs": probs})
 
     def limit(self, length: int):
         return dataclasses.replace(self, kept=length)
