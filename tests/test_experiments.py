@@ -39,7 +39,17 @@ def test_dilution_lies_in_its_bands(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["capacity", "context", "deconstructed", "extrapolation", "mqar", "needle", "pointer"]
+    "name",
+    [
+        "capacity",
+        "context",
+        "deconstructed",
+        "extrapolation",
+        "mqar",
+        "needle",
+        "pointer",
+        "rcmha",
+    ],
 )
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
