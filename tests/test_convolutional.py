@@ -1,5 +1,6 @@
 """Convolutional attention: each token sees those before it in q, k and v, wherever it is cut."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from battery.calls import assert_close, outputs
@@ -38,7 +39,8 @@ def test_it_is_relative_attention_of_convolved_tokens():
 def test_a_token_reaches_itself_and_those_next_to_come(taps):
     """Of its own document."""
     inputs = documents(draw(CASE), (13, 19), (20, 12))
-    w = np.random.default_rng(1).standard_normal((taps, DIMS.key_dim), np.float32)
+    drawn = np.random.default_rng(1).standard_normal((taps, DIMS.key_dim), np.float32)
+    w = jnp.asarray(drawn)
     for t in (0, 6, 12, 31):
         other = inputs.q.copy()
         other[:, t] += 1

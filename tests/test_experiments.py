@@ -56,6 +56,7 @@ def test_a_shared_sequence_is_what_was_expected(monkeypatch):
         "mqar",
         "needle",
         "pointer",
+        "rcmha",
     ],
 )
 def test_claims_hold(name, monkeypatch):

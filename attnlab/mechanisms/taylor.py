@@ -29,8 +29,8 @@ class Taylor(Mechanism):
     Cost: O(N F (C + E)) time in chunks of C = ``chunk`` tokens, O(N F E / C) memory; the decoding
     state is one F x (E + 1) matrix for each kv head. Raises `UserError` for a chunk < 1 and, when
     called, for biased positions, normalisers and taps on logits.
-    Source: Zhang et al., "Based", arXiv 2402.04347 and Arora et al., 2402.18668; the Approximate
-    form of arXiv 2510.11602 with one denominator, since that of each order alone may be 0.
+    Source: Arora et al., arXiv 2402.18668; the approximate form of "Deconstructing Attention",
+    2510.11602, with one denominator, since that of each order alone may be 0.
     """
 
     chunk: int = 64
