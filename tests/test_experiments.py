@@ -39,7 +39,7 @@ def test_dilution_lies_in_its_bands(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["capacity", "context", "extrapolation", "mqar", "needle", "ntk", "pointer"]
+    "name", ["capacity", "context", "extrapolation", "mqar", "needle", "ntk", "pointer", "sea"]
 )
 def test_claims_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
