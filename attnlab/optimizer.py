@@ -28,6 +28,22 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     return optax.chain(clip, OPTIMIZERS[config.name](config, make_schedule(config, steps)))
 
 
+def learn_only(
+    optimizer: optax.GradientTransformation, learned: Callable[[str], bool]
+) -> optax.GradientTransformation:
+    """``optimizer`` for the parameters whose path, as `jax.tree_util.keystr` writes it, is
+    ``learned``; the others stay as they are, and have no part in the norm that is clipped."""
+
+    def labels(params: Any) -> Any:
+        def decide(path, _) -> str:
+            return "learned" if learned(jax.tree_util.keystr(path)) else "frozen"
+
+        return jax.tree_util.tree_map_with_path(decide, params)
+
+    kinds: dict[Any, Any] = {"learned": optimizer, "frozen": optax.set_to_zero()}
+    return optax.multi_transform(kinds, labels)
+
+
 def is_matrix(params: Any) -> Any:
     """True at the weight matrices of the layers: not at norms, embeddings or position tables."""
 

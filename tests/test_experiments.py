@@ -55,8 +55,10 @@ def test_a_shared_sequence_is_what_was_expected(monkeypatch):
         "magnitude_linear",
         "mqar",
         "needle",
+        "ntk",
         "pointer",
         "rcmha",
+        "sea",
     ],
 )
 def test_claims_hold(name, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from attnlab.config import base, model_of
 from attnlab.errors import UserError
-from attnlab.optimizer import OPTIMIZERS, is_matrix, make_optimizer, make_schedule
+from attnlab.optimizer import OPTIMIZERS, is_matrix, learn_only, make_optimizer, make_schedule
 from attnlab.overrides import override
 from attnlab.step import init_params
 
@@ -121,3 +121,20 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest_name():
         config.name = "adam"
     with pytest.raises(UserError, match="did you mean 'adamw'"):
         make_optimizer(config, 10)
+
+
+def test_what_is_not_learned_stays_and_is_not_clipped_with_the_rest():
+    """A frozen gradient of 100 does not shrink the step of the learned one, and weight decay does
+    not touch what is frozen."""
+    params = {"own": {"kernel": jnp.ones((2, 2))}, "other": {"kernel": jnp.ones((2, 2))}}
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.5))
+    optimizer = learn_only(inner, lambda path: "own" in path)
+    slopes = {
+        "own": {"kernel": jnp.full((2, 2), 0.1)},
+        "other": {"kernel": jnp.full((2, 2), 100.0)},
+    }
+    updates, _ = optimizer.update(slopes, optimizer.init(params), params)
+    alone, _ = inner.update(slopes["own"], inner.init(params["own"]), params["own"])
+    np.testing.assert_array_equal(updates["own"]["kernel"], alone["kernel"])
+    assert jnp.any(alone["kernel"])
+    assert not jnp.any(updates["other"]["kernel"])
