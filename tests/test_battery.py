@@ -66,7 +66,7 @@ TURNS = (
 """The mechanisms take turns: each check runs on the first example of one in `SHARE` of them. When
 slow tests are selected, these and all others run on every example of every mechanism."""
 
-SHARE = 12
+SHARE = 16
 
 WEIGHED = (
     causality.check_causality,
