@@ -52,6 +52,7 @@ def test_a_shared_sequence_is_what_was_expected(monkeypatch):
         "deconstructed",
         "extrapolation",
         "hyper",
+        "in_context_regression",
         "magnitude_linear",
         "mqar",
         "needle",
