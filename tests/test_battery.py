@@ -31,8 +31,8 @@ ALWAYS = (
     continuation.check_extension,
 )
 """Checked on the first example of every mechanism with the positions in turn, the first one on the
-other examples too; the first two also on `HOSTS` with every position, and on all pairs when slow
-tests are selected."""
+other examples too; the first two also on `HOSTS` with every position, and one of the two on every
+other pair when slow tests are selected."""
 
 CHEAP = (
     isolation.check_packing,
@@ -130,10 +130,28 @@ def test_turns(check, case):
     verify(check, case)
 
 
+def hosted():
+    """The pairs that are always checked."""
+    return [c for c in pairs() if key_of(c.mechanism) in HOSTS]
+
+
+def paired(number):
+    """The pairs that a check is done for, by its number among two: those of `HOSTS`, and of the
+    others every second one, which is another for the next mechanism."""
+    every, always = pairs(), hosted()
+    kinds = len(every) // len(first_of_each())
+    turns = [(i // kinds + i) % 2 for i in range(len(every))]
+    return [case for turn, case in zip(turns, every) if turn == number or case in always]
+
+
 @pytest.mark.parametrize(
-    "case", cases(pairs(), [c for c in pairs() if key_of(c.mechanism) in HOSTS])
+    ("check", "case"),
+    [
+        pytest.param(check, *case.values, id=f"{promise(check)}-{case.id}", marks=case.marks)
+        for number, check in enumerate(ALWAYS[:2])
+        for case in cases(paired(number), hosted())
+    ],
 )
-@pytest.mark.parametrize("check", ALWAYS[:2], ids=promise)
 def test_every_pair(check, case):
     verify(check, case)
 
@@ -146,9 +164,10 @@ def test_normalisers(case):
 def share(number):
     """The cases that a check is done for, by its number among `WEIGHED`: one of every mechanism,
     the next normaliser for the next mechanism."""
-    kinds = len(weighed()) // len(first_of_each())
-    turns = [(i // kinds + i) % len(WEIGHED) for i in range(len(weighed()))]
-    return [case for turn, case in zip(turns, weighed()) if turn == number]
+    every = weighed()
+    kinds = len(every) // len(first_of_each())
+    turns = [(i // kinds + i) % len(WEIGHED) for i in range(len(every))]
+    return [case for turn, case in zip(turns, every) if turn == number]
 
 
 @pytest.mark.parametrize(
