@@ -120,9 +120,9 @@ def weighed() -> list[Case]:
 def weighed_in_turn() -> list[Case]:
     """Of these, two for every mechanism: a normaliser that all can host and one that needs the
     whole row, each kind in turn."""
-    chosen = []
+    every, chosen = weighed(), []
     for shift, name in enumerate(mechanisms.names()):
-        mine = [case for case in weighed() if key_of(case.mechanism) == name]
+        mine = [case for case in every if key_of(case.mechanism) == name]
         for kind in (True, False):
             kin = [case for case in mine if case.normaliser.separable == kind]
             chosen.append(kin[shift % len(kin)])
