@@ -137,7 +137,7 @@ def test_missing_data_are_one_line_that_says_how_to_get_them(monkeypatch, tmp_pa
         ("compressive_transformer.py", "tfds.builder('pg19', file_format='array_record')"),
     ):
         line = [f"--config={FOLDER}/{spec}", f"--workdir={tmp_path / 'run'}"]
-        assert main(["train", *line]) == 3
+        assert main(["train", *line, "--config.task.batch=64"]) == 3  # divides among the devices
         said = capsys.readouterr().err.splitlines()
         assert words in said[-1]
     small = ["--config.model.layers=1", "--config.task.batch=8", "--config.model.width=64"]
