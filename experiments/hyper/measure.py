@@ -8,6 +8,8 @@ seconds of the processor, which other work on the machine changes least.
 
 import json
 import math
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,6 +70,8 @@ def recorded(path: Path) -> dict[str, Any]:
 
 def main(modes: Sequence[str]) -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"modes": {}}
+    found["command"] = "python experiments/hyper/measure.py"
+    found["hardware"] = f"1 of {os.cpu_count()} CPU cores, {platform.machine()}"
     for mode in modes:
         out = Path("runs/hyper") / mode
         words = [*BENCH.split(), f"--mode={mode}", f"--out={out}"]
