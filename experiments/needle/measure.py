@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -44,22 +44,39 @@ SIZES = {
     "train.steps": sum(steps for _, steps in GROWTH),
     "attention.window.window": 4,
 }
-"""The first layer sees four tokens, and so the one before; the second is softmax."""
+"""The first layer sees four tokens, and so the one before; the second is one of `MODELS`."""
+
+
+class Model(NamedTuple):
+    """What differs from `SIZES`: positions, the normaliser, options, which attention stands behind
+    the window, and which options it has when it is asked in place of those it was trained with."""
+
+    position: str
+    normaliser: str
+    options: dict[str, Any]
+    attention: str = "softmax"
+    asked_with: dict[str, Any] | None = None
+
+
 LOG_N = {"normaliser.length": TRAINED}
+BLOCKS = {"attention.landmark.block": 4, "attention.landmark.chosen": TRAINED // 4}
 MODELS = {
-    "rope": ("rope", "softmax", {}),
-    "rope, log_n": ("rope", "log_n", LOG_N),
-    "alibi": ("alibi", "softmax", {}),
-    "none, log_n": ("none", "log_n", LOG_N),
+    "rope": Model("rope", "softmax", {}),
+    "rope, log_n": Model("rope", "log_n", LOG_N),
+    "alibi": Model("alibi", "softmax", {}),
+    "none, log_n": Model("none", "log_n", LOG_N),
+    "landmark, 4 blocks": Model(
+        "none", "softmax", BLOCKS, "landmark", {"attention.landmark.chosen": 4}
+    ),
 }
-"""Positions, the normaliser and its options."""
 ROWS = 256  # at every length, down to 32 at the longest
 
 
 def config_of(name: str) -> ConfigDict:
-    position, normaliser, options = MODELS[name]
-    config = base("window+softmax", position, task="needle", normaliser=normaliser)
-    for path, value in (SIZES | options).items():
+    chosen = MODELS[name]
+    attention = f"window+{chosen.attention}"
+    config = base(attention, chosen.position, task="needle", normaliser=chosen.normaliser)
+    for path, value in (SIZES | chosen.options).items():
         override(config, path, str(value))
     return config
 
@@ -90,6 +107,10 @@ def measure(name: str) -> dict[str, Any]:
     model, params, curve = train(config)
     trained = time.process_time() - begun
     task: Any = tasks.build(config.task, seed=config.seed)
+    if asked_with := MODELS[name].asked_with:
+        for path, value in asked_with.items():
+            override(config, path, str(value))
+        model = model_of(config, task.vocab_size)
     lengths, length = {}, GROWTH[0][0]
     while length <= LONGEST:
         rows = min(ROWS, max(32, ROWS * 1024 // length))

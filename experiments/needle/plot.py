@@ -16,12 +16,12 @@ PICTURE = HERE.parents[1] / "docs" / "images" / "needle.png"
 def main() -> None:
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
     trained = results["sizes"]["growth"][-1][0]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(results["rows"]) + 1, 3.6), layout="constrained")
     panels = figure.subplots(1, len(results["rows"]), sharey=True)
     for axes, (name, row) in zip(panels, results["rows"].items()):
         image = draw(axes, row)
         axes.set_title(name, loc="left", fontsize=11)
-        axes.set_xlabel(f"tokens; training had up to {trained}")
+        axes.set_xlabel(f"tokens; trained on {trained}")
     panels[0].set_ylabel("depth of the needle, from")
     figure.colorbar(image, ax=panels, label="answers right")
     PICTURE.parent.mkdir(exist_ok=True)
