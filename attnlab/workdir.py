@@ -40,7 +40,7 @@ HARMLESS = (  # may differ between starts: they change the words, not the number
     "mesh",
 )
 GROWING = ("train.steps",)  # may become larger
-RECORDS = ("config.json", "command.txt", "run.json")
+RECORDS = ("config.json", "command.txt", "run.json", "tokenizer.json")  # written before a step
 SHOWN = 8  # differing fields named in an error line
 
 
@@ -189,12 +189,16 @@ class Workdir:
 
     def _forget(self) -> None:
         """Puts the records back that `begin` has replaced: a start that was refused is none."""
+        if not self._before:
+            return
         for name, content in self._before.items():
             with suppress(OSError):  # what is on its way out says more
                 if content is None:
                     (self.path / name).unlink(missing_ok=True)
                 else:
                     replace_file(self.path / name, content)
+        with suppress(OSError):  # something is in it
+            self.checkpoints.rmdir()
         self._before = {}
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def test_a_wrong_config_may_be_corrected_as_long_as_nothing_is_saved(tmp_path, c
     prompt = "x" * 40
     with pytest.raises(UserError, match="the prompt has 41 tokens"):
         run(tiny(f"sample.prompt={prompt}"), tmp_path)
+    with pytest.raises(UserError, match="attention uniform forms no logits"):
+        run(tiny(attention="uniform", position="alibi"), tmp_path)
     assert not list(tmp_path.iterdir())
     caplog.clear()
     assert run(tiny("train.steps=1", *QUICK), tmp_path) == 0
