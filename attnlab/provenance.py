@@ -5,7 +5,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,8 +85,3 @@ def _git(directory: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def command_line() -> list[str]:
-    """This process's command, as a list for `describe_attempt`."""
-    return [sys.executable, *sys.orig_argv[1:]]
