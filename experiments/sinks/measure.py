@@ -24,12 +24,13 @@ from attnlab.files import read_json, write_json
 
 HERE = Path(__file__).parent
 RESULTS, EXPECTED = HERE / "results.json", HERE / "expected.json"
+WEIGHED_BY = ("softmax", "sigmoid", "softmax_plus_one", "key_bias")
 CURVES = {
-    "idle": (idle.curve, ("softmax", "sigmoid", "softmax_plus_one"), (0, 1, 2)),
-    "fixed": (partial(idle.curve, fixed=True), ("softmax", "sigmoid", "softmax_plus_one"), (0,)),
+    "idle": (idle.curve, WEIGHED_BY, (0, 1, 2)),
+    "fixed": (partial(idle.curve, fixed=True), WEIGHED_BY, (0,)),
     "text": (text.curve, ("softmax",), (0,)),
 }
-"""What learns, the normalisers and the seeds."""
+"""What learns, by what its rows are weighed, and the seeds."""
 
 
 def held(claim: dict, results: dict[str, Any]) -> bool:

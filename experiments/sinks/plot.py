@@ -10,8 +10,13 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 PICTURE = HERE.parents[1] / "docs" / "images" / "sinks.png"
-COLOURS = {"softmax": "#3b3b3b", "sigmoid": "#d1495b", "softmax_plus_one": "#1b6ca8"}
-DASHES = {"softmax_plus_one": (0, (3, 2))}
+COLOURS = {
+    "softmax": "#3b3b3b",
+    "sigmoid": "#d1495b",
+    "softmax_plus_one": "#1b6ca8",
+    "key_bias": "#2e933c",
+}
+DASHES = {"softmax_plus_one": (0, (3, 2)), "key_bias": (0, (1, 1))}
 PANELS = {
     "idle": ("an idle head, first vector learned", 32),
     "fixed": ("the same, first vector fixed", 32),
