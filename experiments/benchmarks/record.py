@@ -2,8 +2,8 @@
 
 python experiments/benchmarks/record.py runs/bench/*/bench.jsonl
 
-Files are given in full: what an earlier call recorded is replaced. Where a point was measured
-again, the last time counts.
+Files are given in full: what an earlier call recorded is replaced, unless its results.json is given
+too, first. Where a point was measured again, the last time counts.
 """
 
 import json
@@ -46,10 +46,18 @@ def gather(paths: Sequence[str | Path]) -> list[Row]:
     """One row for each point, in the order of the files."""
     found: dict[tuple, Row] = {}
     for path in paths:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            row = {key: value for key, value in json.loads(line).items() if key in KEPT}
-            found[tuple(row.get(key) for key in NAME)] = row
+        for row in rows_of(Path(path)):
+            kept = {key: value for key, value in row.items() if key in KEPT}
+            found[tuple(row.get(key) for key in NAME)] = kept
     return list(found.values())
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Those of a bench.jsonl, one a line, or of a results.json."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
 
 
 def written(rows: Sequence[Row]) -> str:
