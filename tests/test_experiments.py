@@ -74,7 +74,7 @@ def test_claims_hold(name, monkeypatch):
         assert module.held(claim, found), claim
 
 
-@pytest.mark.parametrize("name", ["power", "sinks", "titans"])
+@pytest.mark.parametrize("name", ["anchor", "power", "sinks", "titans"])
 def test_claims_about_all_results_hold(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     results, claims = read(name, "results.json"), read(name, "expected.json")["claims"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnlab.core import MASK, Array, Keys, Pattern
+from attnlab.core import MASK, Array, Keys, Pattern, Queries
 
 
 class Groups(NamedTuple):
@@ -42,7 +42,7 @@ class Elsewhere(Pattern):
         return (k_low // self.size != high) | (k_high // self.size != low)
 
 
-def group(keys: Keys, size: int) -> Groups:
+def group(keys: Keys | Queries, size: int) -> Groups:
     """The groups of ``size`` positions; tokens of a document in the order of their positions."""
     B, M = keys.pos.shape
     full, which = keys.seg >= 0, keys.pos // size
