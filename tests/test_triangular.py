@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.engines import delta, triangular
+from attnlab.engines import delta, momentum, triangular
 
 FORMS = {"substituted": triangular.substituted, "multiplied": triangular.multiplied}
 
@@ -44,21 +44,26 @@ def test_both_forms_have_the_same_gradients():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_devices_of_one_process_do_not_wait_for_each_other():
-    """LAPACK's solver, as jax calls it, would let eight devices on a CPU wait for ever."""
+@pytest.mark.parametrize("devices", [1, 8])
+def test_threads_of_one_pool_do_not_wait_for_each_other(devices, monkeypatch):
+    """LAPACK's solver, as jax calls it on a CPU, takes a thread and waits for others of its pool:
+    a backward pass, which solves twice at once, may wait for ever, and so may eight devices."""
+    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
     shape = jax.ShapeDtypeStruct((1, 128, 1, 4), jnp.float32)
     gate, seg = (jax.ShapeDtypeStruct(z, t) for z, t in (((1, 128, 1), "f4"), ((1, 128), "i4")))
+    gates = momentum.Gates(gate, gate, gate)
 
-    def program():
+    def program(function, *arguments):
         def loss(*tokens):
-            return jnp.sum(delta.attend(*tokens)[0])
+            return jnp.sum(function(*tokens)[0])
 
-        return jax.jit(jax.grad(loss)).lower(shape, shape, shape, gate, gate, seg).as_text()
+        return jax.jit(jax.grad(loss)).lower(*arguments).as_text()
 
-    assert "trsm" not in program()
+    assert "trsm" not in program(delta.attend, shape, shape, shape, gate, gate, seg)
+    assert "trsm" not in program(momentum.attend, shape, shape, shape, gates, seg)
 
 
-def test_one_device_substitutes(monkeypatch):
-    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+def test_other_devices_substitute(monkeypatch):
     A, rhs = system("random", 7)
-    assert "trsm" in jax.jit(triangular.solve).lower(A, rhs).as_text()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "trsm" in jax.jit(lambda *z: triangular.solve(*z)).lower(A, rhs).as_text()
