@@ -26,7 +26,7 @@ def load(name: str, file: str, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("name", ["lookup", "planted"])
+@pytest.mark.parametrize("name", ["conscious", "lookup", "planted"])
 def test_measured_numbers_lie_in_their_bands(name, monkeypatch):
     module = load(name, "measure.py", monkeypatch)
     assert module.outside(read(name, "results.json"), read(name, "expected.json")) == []

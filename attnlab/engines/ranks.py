@@ -1,5 +1,5 @@
-"""The k largest of a row by a threshold, so that what ties with the last of them is in, too: for
-searches and for a normaliser, which may import nothing else from here."""
+"""The k largest of a row: by a threshold, so that what ties with the last of them is in, too, or
+exactly k. For searches and for a normaliser, which may import nothing else from here."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +14,19 @@ logits once to find the k-th and once more to compare with it, and round differe
 def reach(z: Array, least: Array) -> Array:
     """Which of ``z`` are at least ``least``, or tie with it."""
     return z >= least - SAME * jnp.maximum(jnp.abs(least), 1.0)
+
+
+def largest(z: Array, k: int) -> Array:
+    """Which of the last axis are the ``k`` largest, of equal ones the first: [... M] f32 -> bool,
+    exactly k of them, or all where there are no more. Cost: O(M ln M) on a CPU, which sorts."""
+    M = z.shape[-1]
+    if k >= M:
+        return jnp.ones(z.shape, bool)
+    # In memory, so that nothing is computed once more and rounded otherwise; and without -0, which
+    # is equal to 0 and sorted below it.
+    z = lax.optimization_barrier(jnp.where(z == 0, 0.0, z))
+    value, place = (a[..., -1:] for a in lax.top_k(z, k))
+    return (z > value) | ((z == value) & (jnp.arange(M) <= place))
 
 
 def kth_largest(z: Array, k: int) -> Array:
