@@ -11,8 +11,8 @@ from attnlab.core import Array
 def solve(A: Array, rhs: Array, transposed: bool = False) -> Array:
     """(I + A)⁻¹ R, or (I + A)⁻ᵀ R: f32 [... C C], [... C E] -> [... C E].
 
-    What of ``A`` does not lie below its diagonal is not read. Cost: O(C² E); on a CPU O(C² (C + E)),
-    in about the same time. jax solves there inside a thread of the pool that all programs and
+    What of ``A`` does not lie below its diagonal is not read. Cost: O(C² E), on a CPU O(C² (C + E))
+    in about the same time: jax solves there inside a thread of the pool that all programs and
     devices of the process share, and waits for other threads of it: as many systems at once as the
     pool has threads, and a backward pass on two cores is enough, wait for ever.
     """
