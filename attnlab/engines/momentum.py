@@ -205,7 +205,8 @@ def _chunk(state: State, tokens: tuple) -> tuple[State, Array]:
 
     wanted = v - mixed(asking(k, w.since_before), past)
     system = rate * scores(k, k) * w.before
-    U = triangular.solve(system, rate * wanted)
+    # Its gradient solves it again and transposed, and neither waits for the other.
+    U = triangular.solve(system, rate * wanted, alone=False)
     out = by_rows(mixed, by_rows(scores, q, k) * w.between[:, :, None], U)
     out += by_rows(mixed, asking(q, w.since[:, :, None]), past)
     old = jnp.stack(state[:2], 2)

@@ -8,15 +8,15 @@ from jax import lax
 from attnlab.core import Array
 
 
-def solve(A: Array, rhs: Array, transposed: bool = False) -> Array:
+def solve(A: Array, rhs: Array, transposed: bool = False, alone: bool = True) -> Array:
     """(I + A)⁻¹ R, or (I + A)⁻ᵀ R: f32 [... C C], [... C E] -> [... C E].
 
     What of ``A`` does not lie below its diagonal is not read. Cost: O(C² E) on one device. Where a
-    process has several CPU devices, O(C² (C + E)): jax solves there inside a thread of the pool
-    that all its devices share and waits for other threads of it, so that devices which come
-    together wait for ever.
+    process has several CPU devices, or a program may solve two systems at once (not ``alone``),
+    O(C² (C + E)) on a CPU: jax solves there inside a thread of the pool that all share and waits
+    for other threads of it, so that solves which come together wait for ever.
     """
-    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+    if jax.default_backend() == "cpu" and (jax.local_device_count() > 1 or not alone):
         return multiplied(A, rhs, transposed)
     return substituted(A, rhs, transposed)
 
