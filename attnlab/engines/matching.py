@@ -43,11 +43,20 @@ def attend_densely(rule: Rule, *parts: tuple[Queries, Keys, Array]) -> tuple[Arr
     `dense.attend`.
     """
     bare = dataclasses.replace(rule, taps=())
-    seen = jnp.concatenate([(bare.allowed(q, k) & a) for q, k, a in parts], -1)[:, None]
-    z = jnp.concatenate([bare.logits(q, k) for q, k, _ in parts], -1)
-    z = jnp.where(seen, rule.tap("logits", z), MASK)
+    met = ((bare.logits(q, k), bare.allowed(q, k) & among, k) for q, k, among in parts)
+    out, lse, probs = weigh(rule, *met)
+    return out.astype(parts[0][0].q.dtype), lse, probs
+
+
+def weigh(rule: Rule, *met: tuple[Array, Array, Keys]) -> tuple[Array, Array, Array]:
+    """One softmax over the keys of several sets, side by side, from the logits [B H N M] that
+    queries have with each and which of them are seen [B N M]. Returns ``out`` [B N H E] f32,
+    ``lse`` and ``probs`` as `dense.attend`; the rule taps and normalises."""
+    logits, allowed, sets = zip(*met)
+    seen = jnp.concatenate(allowed, -1)[:, None]
+    z = jnp.where(seen, rule.tap("logits", jnp.concatenate(logits, -1)), MASK)
     probs = rule.tap("probs", rule.weights(z, seen))
-    v = jnp.concatenate([keys.cleared().v.astype(jnp.float32) for _, keys, _ in parts], 1)
+    v = jnp.concatenate([keys.cleared().v.astype(jnp.float32) for keys in sets], 1)
     v = jnp.repeat(v, probs.shape[1] // v.shape[2], 2)
-    out = jnp.einsum("bhnm,bmhe->bnhe", probs, v).astype(parts[0][0].q.dtype)
+    out = jnp.einsum("bhnm,bmhe->bnhe", probs, v)
     return rule.tap("heads", out), dense.log_sum(z, seen), probs

@@ -85,8 +85,10 @@ def attend(
     return jnp.moveaxis(out, (0, 4), (1, 2)).reshape(B, -1, H, E)[:, :N], state
 
 
-def attend_by_token(q: Array, k: Array, v: Array, gates: Gates, seg: Array) -> tuple[Array, State]:
-    """`attend` literally, one token after the other, from an empty state."""
+def attend_by_token(
+    q: Array, k: Array, v: Array, gates: Gates, seg: Array, state: State | tuple[()] = ()
+) -> tuple[Array, State]:
+    """`attend` literally, one token after the other."""
     B, _, H, D = q.shape
     G, E = v.shape[2:]
 
@@ -108,7 +110,7 @@ def attend_by_token(q: Array, k: Array, v: Array, gates: Gates, seg: Array) -> t
 
     tokens = seg, q, k, v, *(z[..., None] for z in gates)
     by_time = tuple(jnp.moveaxis(z, 1, 0) for z in tokens)
-    state, out = lax.scan(step, initial_state(B, G, D, E), by_time)
+    state, out = lax.scan(step, state or initial_state(B, G, D, E), by_time)
     return jnp.moveaxis(out, 0, 1), state
 
 

@@ -48,11 +48,7 @@ class Titans(Mechanism):
     cost = Cost(time=1, memory=1, state=0)
 
     def __post_init__(self):
-        if self.chunk < 1 or not 0 < self.rate <= 2:
-            raise UserError(
-                f"{key_of(self)}: rate={self.rate}, chunk={self.chunk}; "
-                "use 0 < rate <= 2 and chunk >= 1"
-            )
+        validate(self, self.rate, self.chunk)
 
     def init(self, key: Array, dims: Dims):
         starts = {"write": -2.2, "carry": 2.2, "forget": -4.6}
@@ -74,8 +70,9 @@ class Titans(Mechanism):
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         _refuse(rule)
         tokens = *rotated(queries, keys, rule), keys.v, self._gates(params, x)
-        out, _ = momentum.attend_by_token(*tokens, keys.seg)
-        return Result(rule.tap("heads", out.astype(queries.q.dtype)), state)
+        out, after = momentum.attend_by_token(*tokens, keys.seg, state)
+        out = rule.tap("heads", out.astype(queries.q.dtype))
+        return Result(out, after if state else state)
 
     def _gates(self, params, x: Array | None) -> momentum.Gates:
         step = self.rate * jax.nn.sigmoid(of_input(params, "write", x))
@@ -89,6 +86,14 @@ class Titans(Mechanism):
     @classmethod
     def examples(cls):
         return (cls(chunk=8),)
+
+
+def validate(mechanism: Mechanism, rate: float, chunk: int) -> None:
+    """Raises `UserError`, in the name of the mechanism, for steps that make no sense."""
+    if chunk < 1 or not 0 < rate <= 2:
+        raise UserError(
+            f"{key_of(mechanism)}: rate={rate}, chunk={chunk}; use 0 < rate <= 2 and chunk >= 1"
+        )
 
 
 def _refuse(rule: Rule) -> None:
