@@ -246,6 +246,7 @@ class TitansContext(Mechanism):
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         H, D, E = dims.heads, dims.key_dim, dims.value_dim
         pairs = 2 * segments.count_pairs(length, self.segment, 0)
+        pairs -= segments.count_pairs(min(length, self.segment), self.segment, 0)  # sees no h
         attention = 2.0 * H * (D + E) * pairs
         attention += persistent.count_flops(dims, length, self.persistent)
         reads = 4.0 * length * H * D * E
