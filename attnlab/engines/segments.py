@@ -74,6 +74,16 @@ def stopped(keys: Keys) -> Keys:
     return keys._replace(k=lax.stop_gradient(keys.k), v=lax.stop_gradient(keys.v))
 
 
+def precise(tokens: Any) -> Any:
+    """Queries or keys in f32."""
+    return jax.tree.map(lambda z: z.astype(jnp.float32) if z.ndim == 4 else z, tokens)
+
+
+def as_before(tokens: Any, before: Any) -> Any:
+    """The same arrays, in the dtypes of ``before``."""
+    return jax.tree.map(lambda z, old: z.astype(old.dtype), tokens, before)
+
+
 def part_of(rule: Rule) -> Rule:
     """The rule for a part of an attention: its heads are tapped when they are complete."""
     return dataclasses.replace(rule, taps=tuple(t for t in rule.taps if t[0] != "heads"))

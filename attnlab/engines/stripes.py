@@ -104,7 +104,9 @@ class Stripes:
     def choose(self, queries: Queries, keys: Keys, rule: Rule, state: Any) -> tuple[Choice, Any]:
         """The stripes of all groups of a call that may have begun before it, in f32 whatever the
         inputs and without a gradient; and the next state, () for ()."""
-        queries, keys, rule = lax.stop_gradient((precise(queries), precise(keys), rule))
+        queries, keys, rule = lax.stop_gradient(
+            (segments.precise(queries), segments.precise(keys), rule)
+        )
         groups, after = self._pool(queries, keys, rule, state)
         back, pos, seg = self.ago * self.group, groups.pos, groups.seg
         if state:
@@ -207,11 +209,6 @@ class Stripes:
     def tile(self, queries: int) -> int:
         """Queries of a group in a tile: all, or equal parts."""
         return min(queries, -(-self.group // -(-self.group // LARGEST)))
-
-
-def precise(tokens: Any) -> Any:
-    """Queries or keys in f32."""
-    return jax.tree.map(lambda z: z.astype(jnp.float32) if z.ndim == 4 else z, tokens)
 
 
 def _slots(places: Array, seg: Array, keys: Keys) -> Array:

@@ -22,7 +22,7 @@ from attnlab.core import (
     count_pairs,
 )
 from attnlab.engines import blockwise, dense, gathered, parts, segments
-from attnlab.engines.stripes import State, Stripes, precise
+from attnlab.engines.stripes import State, Stripes
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_bidirectional, refuse_normaliser, refuse_taps
 from attnlab.registry import register
@@ -111,7 +111,7 @@ class Anchor(Mechanism):
     def _seen(self, queries: Queries, keys: Keys, rule: Rule) -> Array:
         """R and the stripes as a mask [B H N M], literally."""
         rule = lax.stop_gradient(dataclasses.replace(rule, taps=()))
-        queries, keys = (precise(lax.stop_gradient(z.cleared())) for z in (queries, keys))
+        queries, keys = (segments.precise(lax.stop_gradient(z.cleared())) for z in (queries, keys))
         own = self.chosen.region.visible(queries.pos[:, :, None], keys.pos[:, None])[:, None]
         near = own & rule.allowed(queries, keys)[:, None]
         x = jnp.max(jnp.where(near, rule.logits(queries, keys), MASK), -1)

@@ -116,8 +116,10 @@ class TitansContext(Mechanism):
 
     def __call__(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         _refuse(self, rule)
-        B, N = queries.pos.shape
-        before = state or self._nothing(queries, keys)
+        (B, N), dtype = queries.pos.shape, queries.q.dtype
+        # In f32: what is rounded on its way from segment to segment adds up.
+        queries, keys = segments.precise(queries), segments.precise(keys)
+        before = segments.precise(state) if state else self._nothing(queries, keys)
         running = jnp.sum(before.tokens.seg >= 0, 1)
         block, _ = segments.number(keys.seg, self.segment, before.memory.seg, running)
         here = before.tokens.extended(keys._replace(seg=block))
@@ -138,8 +140,8 @@ class TitansContext(Mechanism):
         )
         carry, out = lax.scan(lambda c, part: self._step(params, rule, c, part), carry, parts)
         out = jnp.moveaxis(out, 0, 1).reshape(B, -1, *out.shape[3:])[:, :N]
-        after = self._after(carry, here) if state else ()
-        return Result(rule.tap("heads", out.astype(queries.q.dtype)), after, {})
+        after = segments.as_before(self._after(carry, here), state) if state else ()
+        return Result(rule.tap("heads", out.astype(dtype)), after, {})
 
     def _nothing(self, queries: Queries, keys: Keys) -> State:
         H, (B, _, G, D), E = queries.q.shape[2], keys.k.shape, keys.v.shape[-1]

@@ -43,16 +43,20 @@ class TitansLayer(TitansGate):
     def _combined(self, recall, attend, params, queries, keys, rule, state, x) -> Result:
         refuse(self, rule)
         memory, local = state or ((), ())
+        # In f32: what is rounded on its way through memory, norm and attention adds up.
+        dtype, queries, keys = queries.q.dtype, segments.precise(queries), segments.precise(keys)
         found = recall(params["memory"], queries, keys, Rule(), memory, x=x)
-        answers, dtype = normed(found.out, params["norm"]), queries.q.dtype
+        answers = normed(found.out, params["norm"])
         q, k, v = (
-            projected(answers, params["project"][name]).astype(dtype)
-            for name in ("query", "key", "value")
+            projected(answers, params["project"][name]) for name in ("query", "key", "value")
         )
         queries, keys = queries._replace(q=q), keys._replace(k=k, v=v)
-        seen, local = segments.remember(keys, local)
+        seen, after = segments.remember(keys, segments.precise(local))
         out, _ = attend(params["persistent"], queries, seen, rule.restrict(Near(self.window)))
-        return Result(rule.tap("heads", out), State(found.state, local) if state else (), {})
+        out = rule.tap("heads", out.astype(dtype))
+        if state:
+            state = State(found.state, segments.as_before(after, local))
+        return Result(out, state, {})
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         return super().flops(dims, length, causal) + count_projections(dims, length)
