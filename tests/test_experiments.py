@@ -59,6 +59,7 @@ def test_a_shared_sequence_is_what_was_expected(monkeypatch):
         "ntk",
         "pointer",
         "rcmha",
+        "recall",
         "routing",
         "sea",
     ],
