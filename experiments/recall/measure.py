@@ -27,7 +27,9 @@ from attnlab.step import init_state, make_step
 
 RESULTS = Path(__file__).with_name("results.json")
 FIRST = 4
-"""The window of the first layer, in tokens; the second layer is under test."""
+"""Tokens that the first layer sees; the second layer is under test."""
+NEAR = {"window": ("window",), "transformer_xl": ("segment", "memory")}
+"""Options of a first layer that say how many those are; of the second kind it is 4 to 7."""
 SIZES = {
     "task.length": 64,
     "task.batch": 32,
@@ -109,14 +111,11 @@ ENOUGH = 0.99
 
 
 def config_of(name: str, task: str) -> ConfigDict:
-    config = base(f"window+{name}", "absolute", task=task)
-    sizes = SIZES | {"attention.window.window": FIRST} | TASKS[task]
-    if name == "window":
-        # The options of a mechanism are those of all its layers: the first is one that sees 4 to 7
-        # tokens by another name.
-        config = base("transformer_xl+window", "absolute", task=task)
-        near = {"attention.transformer_xl.segment": FIRST, "attention.transformer_xl.memory": FIRST}
-        sizes = SIZES | near | TASKS[task]
+    # Options of a mechanism are those of all its layers: before a window stands another kind.
+    first = "transformer_xl" if name == "window" else "window"
+    config = base(f"{first}+{name}", "absolute", task=task)
+    sizes = SIZES | TASKS[task]
+    sizes |= {f"attention.{first}.{option}": FIRST for option in NEAR[first]}
     sizes |= {f"attention.{name}.{option}": value for option, value in OPTIONS[name].items()}
     for path, value in sizes.items():
         override(config, path, str(value))
