@@ -22,7 +22,7 @@ COMMANDS = {
     "growth": f"--attention={CONSTANT},lsh,fenwick,recurrent_memory --lengths=4k,16k,64k",
     "softmax_64k": "--attention=softmax --lengths=64k --repeats=3",
     "decode": f"--mode=decode --attention=softmax,{CONSTANT} --lengths=1k,4k,16k,64k",
-    "decode_lsh": "--mode=decode --attention=lsh --lengths=1k,4k,16k",
+    "decode_lsh": "--mode=decode --attention=lsh --lengths=1k,4k,16k,64k",
     "train": "--mode=train --attention=softmax --lengths=1k --peers --config.task.batch=8 "
     "--config.model.layers=6 --config.model.width=256",
 }
