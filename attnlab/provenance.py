@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
+"""Of processors, the widest first."""
 PACKAGES = ("attnlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -54,6 +56,23 @@ def describe_devices() -> dict[str, Any]:
         "count": jax.device_count(),
         "processes": jax.process_count(),
     }
+
+
+def describe_processor(info: str | os.PathLike = "/proc/cpuinfo") -> str:
+    """The architecture, the name and the widest vectors of this machine's processor, as far as it
+    tells: "x86_64, AMD EPYC, avx512f". Times of one program differ by factors between them."""
+    try:
+        text = Path(info).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    said: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        said.setdefault(key.strip().lower(), value.strip())
+    have = (said.get("flags") or said.get("features", "")).split()
+    widest = next((flag for flag in VECTORS if flag in have), "")
+    found = (platform.machine(), said.get("model name", platform.processor()), widest)
+    return ", ".join(dict.fromkeys(each for each in found if each))
 
 
 def find_commit(file: str | os.PathLike = __file__) -> dict[str, Any] | None:

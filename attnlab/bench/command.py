@@ -21,7 +21,7 @@ from attnlab.core import positions as registry
 from attnlab.entries import make_configs, parse_entries
 from attnlab.errors import AttnlabError, DataError, UserError
 from attnlab.limits import validate
-from attnlab.provenance import find_commit, find_versions
+from attnlab.provenance import describe_processor, find_commit, find_versions
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def in_positions(config: ConfigDict, names: str) -> list[ConfigDict]:
 def machine() -> dict[str, Any]:
     """Where it was measured."""
     return {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {describe_processor()}",
         "versions": {"python": platform.python_version(), **find_versions()},
         "git": find_commit(),
     }
