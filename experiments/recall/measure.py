@@ -81,6 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lsh": {"rounds": 2, "buckets": 8, "length": 8},
     "magnitude_linear": {},
     "mixture_of_heads": {},
+    "ntk": {},
     "power": {"block": 4, "window": 2},
     "random_positions": {},
     "recurrent_memory": {"segment": 8, "slots": 4},
