@@ -84,7 +84,9 @@ def attend(
     cells = min(LOGITS_IN_FLIGHT // (B * H * len(parts) * block**2), -(-N // block))
     tile = block << max(0, cells.bit_length() - 1)
     length = -(-N // tile) * tile
-    levels = tuple(_in_cells(keys, rule, block, length >> n) for n, (keys, _) in enumerate(seen))
+    levels = tuple(
+        _in_cells(keys, rule, block, -(-length // (block << n))) for n, (keys, _) in enumerate(seen)
+    )
     asking = Tokens(cut(queries.pos, tile, 0), cut(queries.seg, tile, -1))
     q = cut(rule.rotate(queries.q, queries.pos, "query"), tile, 0).swapaxes(2, 3)
     out, lse = _attend(_groups(parts, tile // block), rule, q, levels, asking)
@@ -101,10 +103,9 @@ def _groups(parts: list[Part], blocks: int) -> tuple[Group, ...]:
     return (*others, single) if single else others
 
 
-def _in_cells(keys: Keys, rule: Rule, block: int, slots: int) -> Level:
-    """The keys of a level, filled up to as many ``slots``."""
+def _in_cells(keys: Keys, rule: Rule, block: int, cells: int) -> Level:
+    """The keys of a level in as many ``cells`` and the two empty ones."""
     keys = keys.cleared()
-    cells = max(1, -(-slots // block))
 
     def cut(z: Array, fill: int) -> Array:
         ends = (block, (cells + 1) * block - z.shape[1])
