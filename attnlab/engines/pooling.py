@@ -9,6 +9,7 @@ as groups.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +86,30 @@ def mean(keys: Keys, size: int) -> Keys:
         return (sums / jnp.maximum(groups.count, 1)[..., None, None]).astype(z.dtype)
 
     return Keys(average(keys.k), average(keys.v), groups.pos, groups.seg, groups.count)
+
+
+def halvings(keys: Keys, levels: int) -> list[Keys]:
+    """`mean` over 2, 4, 8, ... tokens that stand in the slots of their positions, one document in
+    each row: a group in the slot of its number, and no slots behind the last."""
+    keys = keys.cleared()
+    k, v, count = keys.k.astype(jnp.float32), keys.v.astype(jnp.float32), keys.seg >= 0
+    seg, found = keys.seg, []
+
+    def pairs(z: Array, fill: float = 0) -> tuple[Array, Array]:
+        ends = [(0, 0), (0, z.shape[1] % 2)] + [(0, 0)] * (z.ndim - 2)
+        z = jnp.pad(z, ends, constant_values=fill)
+        z = z.reshape(z.shape[0], -1, 2, *z.shape[2:])
+        return z[:, :, 0], z[:, :, 1]
+
+    count = count.astype(jnp.float32)
+    for level in range(1, levels + 1):
+        k, v, count = (operator.add(*pairs(z)) for z in (k, v, count))
+        seg = jnp.maximum(*pairs(seg, -1))
+        pos = jnp.arange(seg.shape[1]) * 2**level + (2**level - 1) // 2
+        share = (1 / jnp.maximum(count, 1))[..., None, None]
+        mean_k, mean_v = ((z * share).astype(keys.k.dtype) for z in (k, v))
+        found.append(Keys(mean_k, mean_v, jnp.broadcast_to(pos, seg.shape), seg, count))
+    return found
 
 
 def attended(keys: Keys, size: int, score: Array) -> tuple[Keys, ...]:

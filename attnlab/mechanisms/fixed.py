@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result, count_pairs
-from attnlab.engines import blockwise, dense, segments
+from attnlab.engines import blockwise, dense
 from attnlab.engines.slots import permuted
 from attnlab.errors import UserError
 from attnlab.mechanisms.block import Same
@@ -56,8 +56,8 @@ class Fixed(Mechanism):
     """Exact attention over {j : ⌊i/l⌋ = ⌊j/l⌋ or j mod l >= l − c}, l = ``block``, c = ``columns``.
 
     The last c tokens of every block are seen by all later tokens (by all others without an order
-    of time), so that they can summarise it; causal rules add j <= i. The own block and the columns
-    of the others are two exact parts, merged by log-sum-exp.
+    of time), so that they can summarise it; causal rules add j <= i. One softmax runs over the own
+    block and the columns of the others, which stand together.
     Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
     Cost: O(N (l + N c / l) (D + E)) time, so O(N √(c N)) with l = √(c N); O(N) memory; decoding
     keeps all keys and values, and reads them all. A rule whose parts cannot be merged is served in
@@ -88,13 +88,11 @@ class Fixed(Mechanism):
         if rule.observed or not rule.separable:
             out, lse = blockwise.attend(queries, keys, rule.restrict(self.pattern))
             return Result(out, state, {"lse": lse})
-        plain = dataclasses.replace(rule, taps=())
         tile = min(512, max(64, self.block))
-        own = blockwise.attend(queries, keys, plain.restrict(Same(self.block)), tile)
-        others = plain.restrict(Columns(self.block, self.columns))
-        far = blockwise.attend(queries, self._columns_first(keys), others)
-        out, lse = segments.join(own, far)
-        return Result(rule.tap("heads", out), state, {"lse": lse})
+        own = keys, Same(self.block)
+        others = self._columns_first(keys), Columns(self.block, self.columns)
+        out, lse = blockwise.attend_sets(queries, rule, tile, own, others)
+        return Result(out, state, {"lse": lse})
 
     def _columns_first(self, keys: Keys) -> Keys:
         """The tokens of all columns in the first slots, the others emptied: as many slots as

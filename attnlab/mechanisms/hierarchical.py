@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
+from jax import lax
 
-from attnlab.core import Cost, Dims, Keys, Mechanism, Pattern, Result
-from attnlab.engines import blockwise, pooling, segments
+from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Pattern, Queries, Result, Rule
+from attnlab.engines import blockwise, pooling, pyramid, segments
 from attnlab.errors import UserError
 from attnlab.refusals import refuse_normaliser
 from attnlab.registry import register
@@ -66,6 +66,8 @@ class Hierarchical(Mechanism):
     give softmax attention. Means are taken before rotation and stand at the middle of their tokens.
     The published form also coarsens the queries of far levels, which saves the logarithm and lets
     all tokens of a group share one far context. Single far tokens are blurred by design.
+    Rows of one document whose tokens stand in the slots of their positions take a third to half of
+    the time of others, in which what a query sees is looked for.
     Shapes: queries [B N H D], keys [B M G D], values [B M G E] -> [B N H E].
     Cost: O(N block log(N / block) (D + E)) time, O(N log N) memory; decoding keeps all keys. Raises
     `UserError` for a block that is odd or < 2. Source: Zhu & Soricut, arXiv 2107.11906.
@@ -87,23 +89,36 @@ class Hierarchical(Mechanism):
         refuse_normaliser("hierarchical", rule)
         if rule.observed:
             return self.reference(params, queries, keys, rule, state)
+        part = segments.part_of(rule)
+        if rule.kernels != "xla" or keys.pos.shape != queries.pos.shape:
+            out, lse = self._anywhere(queries, keys, part)
+        else:
+            plain = pyramid.straight(queries) & pyramid.straight(keys)
+            out, lse = lax.cond(plain, self._in_place, self._anywhere, queries, keys, part)
+        return Result(rule.tap("heads", out), state, {"lse": lse})
+
+    def _in_place(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
+        means = pooling.halvings(keys, levels_from_0(keys.pos.shape[1], self.block))
+        return pyramid.attend(queries, rule, self.block, *self._levels(keys, means))
+
+    def _anywhere(self, queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array]:
         tile = segments.tile_of(2 * self.block)
-        levels = self._levels(keys, pooling.mean)
+        levels = self._levels(keys, self._means(keys, pooling.mean))
         tiles = (tile, *[max(16, self.block)] * (len(levels) - 1))
-        out, lse = blockwise.attend_sets(queries, rule, 2 * tile, *levels, key_tiles=tiles)
-        return Result(out, state, {"lse": lse})
+        return blockwise.attend_sets(queries, rule, 2 * tile, *levels, key_tiles=tiles)
 
     def reference(self, params, queries, keys, rule, state=(), *, x=None, key=None):
         refuse_normaliser("hierarchical", rule)
-        levels = self._levels(keys, pooling.mean_densely)
+        levels = self._levels(keys, self._means(keys, pooling.mean_densely))
         out, lse, probs = segments.attend_densely(queries, rule, *levels)
         return Result(out, state, {"lse": lse, "probs": probs})
 
-    def _levels(self, keys: Keys, mean: Callable[[Keys, int], Keys]) -> list[tuple[Keys, Pattern]]:
-        levels: list[tuple[Keys, Pattern]] = [(keys, Near(self.block))]
-        for level in range(1, depth(keys.pos.shape[1], self.block)):
-            levels.append((mean(keys, 2**level), Neighbours(self.block * 2**level)))
-        return levels
+    def _means(self, keys: Keys, mean: Callable[[Keys, int], Keys]) -> list[Keys]:
+        return [mean(keys, 2**level) for level in range(1, depth(keys.pos.shape[1], self.block))]
+
+    def _levels(self, keys: Keys, means: list[Keys]) -> list[tuple[Keys, Pattern]]:
+        sizes = (self.block * 2**level for level in range(1, len(means) + 1))
+        return [(keys, Near(self.block)), *zip(means, map(Neighbours, sizes))]
 
     def limit(self, length: int):
         return dataclasses.replace(self, block=length + length % 2)
@@ -126,18 +141,14 @@ def depth(length: int, block: int) -> int:
     return max(1, (-(-length // block)).bit_length() + 1)
 
 
+def levels_from_0(length: int, block: int) -> int:
+    """Levels of means that any of the positions from 0 to ``length`` − 1 sees."""
+    return max(1, (-(-length // block) - 1).bit_length()) - 1
+
+
 def count_pairs(length: int, block: int, causal: bool) -> int:
-    """Pairs of a query and a token or a mean, of one document."""
-    place = np.arange(length, dtype=np.int64)
-    low = np.maximum(0, (place // block - 1) * block)
-    high = place + 1 if causal else np.minimum(length, (place // block + 2) * block)
-    pairs = int(np.sum(high - low))
-    for level in range(1, depth(length, block)):
-        size, width = block * 2**level, 2**level
-        own, late = place // size, place % size >= size // 2
-        pairs += int(np.sum(np.where(own > 0, np.where(late, block, block // 2), 0)))
-        if not causal:
-            first = (own + 1) * size + np.where(late, size // 2, 0)
-            last = np.minimum(length, (own + 2) * size)
-            pairs += int(np.sum(np.maximum(0, -(-(last - first) // width))))
-    return pairs
+    """Pairs of a query and a token or a mean, of one document, in the whole blocks that are
+    computed: about half as many again as are seen."""
+    near, beside = (2, 1) if causal else (3, 2)
+    slots = -(-length // block) * block
+    return slots * block * (near + beside * levels_from_0(length, block))
