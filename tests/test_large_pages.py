@@ -12,7 +12,10 @@ ASKS = "always [madvise] never"
 CHOSEN = "GLIBC_TUNABLES"
 
 
-KEPT = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
+KEPT = (
+    "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
+    ":glibc.malloc.arena_max=1"
+)
 
 
 @pytest.mark.parametrize(

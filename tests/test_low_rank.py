@@ -11,7 +11,7 @@ from attnlab.core import Dims, Keys, Queries, Rule, positions
 from attnlab.errors import UserError
 from attnlab.mechanisms.linformer import Linformer
 from attnlab.mechanisms.low_rank import LowRank
-from attnlab.mechanisms.nystrom import Nystrom, pseudo_inverse
+from attnlab.mechanisms.nystrom import Nystrom, convolve, pseudo_inverse
 from attnlab.mechanisms.softmax import Softmax
 
 NOWHERE = positions.get("none")()
@@ -73,6 +73,24 @@ def test_the_iteration_converges_to_the_pseudo_inverse():
     z = np.random.default_rng(1).standard_normal((3, 6, 6), np.float32)
     a = np.asarray(jax.nn.softmax(4 * jnp.eye(6) + z, -1))
     np.testing.assert_allclose(pseudo_inverse(a, 20), np.linalg.pinv(a), atol=1e-4)
+
+
+@pytest.mark.parametrize("taps", [1, 5, 67, 129])
+def test_the_convolution_and_its_gradients_are_those_of_each_head(taps):
+    draw = np.random.default_rng(taps).standard_normal
+    shapes = (2, 3, 70, 4), (3, taps), (2, 3, 70, 4)
+    v, kernel, d_out = (jnp.asarray(draw(shape, np.float32)) for shape in shapes)
+
+    def plain(v, kernel):
+        def lane(z, weights):
+            return jnp.convolve(z, weights[::-1])[taps // 2 :][:70]
+
+        heads = jax.vmap(lane, (0, 0))
+        return jax.vmap(jax.vmap(heads, (0, None)), (3, None), 3)(v, kernel)
+
+    (out, pull), (wanted, wanted_pull) = (jax.vjp(f, v, kernel) for f in (convolve, plain))
+    for a, b in zip((out, *pull(d_out)), (wanted, *wanted_pull(d_out))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_nystrom_averages_constant_values_to_themselves():

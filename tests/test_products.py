@@ -62,17 +62,19 @@ def test_sums_of_low_precision_are_f32_and_gradients_as_their_numbers(name, rows
         np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=0.02 * size)
 
 
-def test_the_wide_product_is_taken_in_the_other_order():
-    """What makes it fast: the narrow array is the first of the product, from `LARGE` rows on."""
+@pytest.mark.parametrize(("wide", "first"), [(7, (2, 5)), (3, (2, 3))])
+def test_the_narrow_array_comes_first_and_turned(wide, first):
+    """What makes it fast, from `LARGE` rows on: the sum is along the last axis of the first."""
 
     def first_operand(rows):
-        a, b = draw("collected", rows, jnp.float32)
-        equations = jax.make_jaxpr(products.collected)(a, b).jaxpr.eqns
+        p, x = jnp.zeros((2, rows, wide)), jnp.zeros((2, rows, 5))
+        equations = jax.make_jaxpr(products.collected)(p, x).jaxpr.eqns
         (dot,) = (e for e in flat(equations) if e.primitive.name == "dot_general")
-        return dot.invars[0].aval.shape[-1]
+        return dot.invars[0].aval.shape
 
-    assert first_operand(products.LARGE - 1) == 7
-    assert first_operand(products.LARGE) == 5
+    few, many = products.LARGE - 1, products.LARGE
+    assert first_operand(few) == (2, few, wide)
+    assert first_operand(many) == (*first, many)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 37, 5), (2, 3, 4, 5)])

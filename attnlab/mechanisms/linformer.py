@@ -1,15 +1,19 @@
 """Linformer: keys and values projected along the length to a fixed number of rows."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
-from attnlab.engines import blockwise, documents
+from attnlab.engines import documents, kept
+from attnlab.engines.blockwise import tile_size
+from attnlab.engines.tiling import cut
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import rotated
-from attnlab.products import collected
+from attnlab.products import collected, mixed, scores
 from attnlab.refusals import refuse_bias, refuse_causal, refuse_normaliser, refuse_taps
 from attnlab.registry import register
 
@@ -106,13 +110,29 @@ def _document(own_q: Array, own_k: Array, arrays) -> Array:
     """The outputs of one document of each row, 0 elsewhere: f32 [B N H E]."""
     q, k, v, mix_k, mix_v = arrays
     short_k, short_v = (_projected(own_k, *pair) for pair in ((mix_k, k), (mix_v, v)))
-    none = jnp.zeros(short_k.shape[:2], jnp.int32)
-    queries = Queries(q, jnp.zeros(own_q.shape, jnp.int32), jnp.where(own_q, 0, -1))
-    rows = Keys(short_k, short_v, none, none)
-    return blockwise.attend(queries, rows, Rule(causal=False, scale=1.0))[0]
+    return jnp.where(own_q[..., None, None], _attend(q, short_k, short_v), 0)
 
 
 def _projected(own: Array, mix: Array, z: Array) -> Array:
-    """Eᵀ z over the tokens of a document: [B M k], [B M G D] -> [B k G D]."""
+    """Eᵀ z over the tokens of a document: [B M k], [B M G D] -> [B G k D]."""
     rows = collected(jnp.where(own[..., None], mix, 0), z.reshape(*z.shape[:2], -1))
-    return rows.reshape(*rows.shape[:2], *z.shape[2:])
+    return rows.reshape(*rows.shape[:2], *z.shape[2:]).swapaxes(1, 2)
+
+
+def _attend(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q kᵀ) v: [B N H D], [B G k D], [B G k E] -> [B N H E].
+
+    A tile of queries meets all rows, then the next one, so that pairs stay in the cache; the
+    backward pass makes those of each tile again.
+    """
+    (B, N, H, D), G = q.shape, k.shape[1]
+    size = tile_size(N, B * H)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def some(q: Array) -> Array:
+        q = q.swapaxes(1, 2).reshape(B, G, -1, D)  # heads that share keys are rows of one product
+        p = kept.softmax(scores(q, k), jnp.bool_(True), -1)
+        return mixed(p, v).reshape(B, H, size, -1).swapaxes(1, 2)
+
+    out = jnp.moveaxis(lax.map(some, cut(q, size, 0)), 0, 1)
+    return out.reshape(B, -1, H, v.shape[-1])[:, :N]

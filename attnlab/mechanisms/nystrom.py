@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
-from attnlab.engines import documents
+from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
+from attnlab.engines import documents, kept
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import rotated
+from attnlab.products import collected, mixed, scores
 from attnlab.refusals import refuse_bias, refuse_causal, refuse_normaliser, refuse_taps
 from attnlab.registry import register
 
@@ -58,22 +60,20 @@ class Nystrom(Mechanism):
         """The outputs of one document of each row, 0 elsewhere: f32 [B N H E]."""
         params, q, k, v = arrays
         soft_q, soft_k = (self._stretches(own) for own in (own_q, own_k))
-        q_mark, q_full = _means(q, soft_q)
-        k_mark, k_full = _means(k, soft_k)
+        (q_mark, q_full), (k_mark, k_full) = _means(q, soft_q), _means(k, soft_k)
+        q, k, v = (z.swapaxes(1, 2) for z in (q, k, jnp.where(own_k[..., None, None], v, 0)))
         both = q_full[:, :, None] & k_full[:, None]
         same = jnp.eye(self.landmarks, dtype=bool)
-        front = _softmax("bnhd,bmhd->bhnm", q, k_mark, own_q[:, :, None] & k_full[:, None])
-        back = _softmax("bmhd,bnhd->bhmn", q_mark, k, q_full[:, :, None] & own_k[:, None])
-        middle = _softmax("bnhd,bmhd->bhnm", q_mark, k_mark, both)
-        middle += same & ~(q_full[:, :, None] & both.any(-1, keepdims=True))[:, None]
-        inverse = pseudo_inverse(middle, self.steps)
-        mixed = jnp.einsum("bhmn,bnhe->bhme", back, v)
-        out = jnp.einsum("bhnm,bhmk,bhke->bnhe", front, inverse, mixed)
+        front = kept.softmax(scores(q, k_mark), k_full[:, None, None], -1)
+        # Tokens first here too: pairs that lie alike need no copy for any of their products.
+        back = kept.softmax(scores(k, q_mark), own_k[:, None, :, None] & q_full[:, None, None], -2)
+        middle = kept.softmax(scores(q_mark, k_mark), both[:, None], -1)
+        alone = same & ~(q_full[:, :, None] & both.any(-1, keepdims=True))
+        middle = jnp.where(alone[:, None], 1, middle)
+        out = mixed(front, pseudo_inverse(middle, self.steps) @ collected(back, v))
         if self.kernel:
-            out += convolve(
-                jnp.where(own_k[..., None, None], v, 0), params["convolution"], q.shape[1]
-            )
-        return jnp.where(own_q[..., None, None], out, 0)
+            out += _part(convolve(v, params["convolution"]), 0, q.shape[2])
+        return jnp.where(own_q[..., None, None], out.swapaxes(1, 2), 0)
 
     def _stretches(self, own: Array) -> Array:
         """Which landmark each token of the document belongs to, one-hot f32 [B N m]."""
@@ -99,8 +99,7 @@ class Nystrom(Mechanism):
         sides = 2.0 * length * m * (2 * dims.key_dim + 2 * dims.value_dim)
         means = 2.0 * length * m * dims.key_dim * 2
         inverse = 2.0 * m**2 * (dims.key_dim + dims.value_dim) + 8.0 * self.steps * m**3
-        convolved = 2.0 * length * self.kernel * dims.value_dim
-        return dims.heads * (sides + means + inverse + convolved)
+        return dims.heads * (sides + means + inverse)
 
     @classmethod
     def examples(cls):
@@ -121,24 +120,50 @@ def pseudo_inverse(a: Array, steps: int) -> Array:
     return z
 
 
-def convolve(v: Array, kernel: Array, length: int) -> Array:
-    """Σ_t kernel[h, t] v[n + t − middle, h]: [B M H E], [H T] -> [B length H E], 0 from M on.
+@jax.custom_vjp
+def convolve(v: Array, kernel: Array) -> Array:
+    """Σ_t kernel[h, t] v[n + t − middle, h]: [B H N E], [H T] -> [B H N E].
 
-    As one product a stretch of C tokens with the band matrix K[h, n, m] = kernel[h, m − n], of the
-    C + T − 1 tokens around it: XLA convolves head by head on a CPU at a hundredth of that speed.
+    As sums of some shifted arrays, each of which XLA forms in one pass: on a CPU it convolves head
+    by head at a hundredth of that speed.
     """
-    (B, M, H, E), T = v.shape, kernel.shape[1]
-    here = min(M, length)
+    (_, _, N, _), T = v.shape, kernel.shape[1]
+    turns = -(-T // 64)
+    taps = -(-T // turns)
+    kernel = jnp.pad(kernel, [(0, 0), (0, turns * taps - T)])
+    around = _part(v, -(T // 2), N + turns * taps - 1)
+
+    def turn(i: Array, total: Array) -> Array:
+        weights = lax.dynamic_slice_in_dim(kernel, i * taps, taps, 1)[..., None, None]
+        near = lax.dynamic_slice_in_dim(around, i * taps, N + taps - 1, 2)
+        return sum((weights[:, t] * near[:, :, t : t + N] for t in range(taps)), total)
+
+    return lax.fori_loop(0, turns, turn, jnp.zeros_like(v))
+
+
+def _convolve_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    """The gradient of a kernel sums over the diagonals of products of stretches of C tokens with
+    the C + T − 1 around them."""
+    v, kernel = kept
+    (B, H, N, E), T = v.shape, kernel.shape[1]
     C = max(64, T - 1)
-    tiles = -(-here // C)
-    ahead = jnp.arange(C + T - 1) - jnp.arange(C)[:, None]
-    band = jnp.where((ahead >= 0) & (ahead < T), kernel[:, jnp.clip(ahead, 0, T - 1)], 0)
-    after = max(0, (tiles + 1) * C - T // 2 - M)
-    v = jnp.pad(v, [(0, 0), (T // 2, after), (0, 0), (0, 0)])[:, : (tiles + 1) * C]
-    v = v.reshape(B, tiles + 1, C, H, E)
-    around = jnp.concatenate([v[:, :-1], v[:, 1:, : T - 1]], 2)
-    out = jnp.einsum("hnm,bjmhe->bjnhe", band, around).reshape(B, tiles * C, H, E)[:, :here]
-    return jnp.pad(out, [(0, 0), (0, length - here), (0, 0), (0, 0)])
+    tiles = -(-N // C)
+    asked = _part(d_out, 0, tiles * C).reshape(B, H, tiles, C, E)
+    around = _part(v, -(T // 2), (tiles + 1) * C).reshape(B, H, tiles + 1, C, E)
+    here, next = around[:, :, :-1], around[:, :, 1:, : T - 1]
+    band = jnp.concatenate([jnp.sum(scores(asked, z), (0, 2)) for z in (here, next)], -1)
+    n = jnp.arange(C)[:, None]
+    d_kernel = jnp.sum(band[:, n, n + jnp.arange(T)], 1)
+    return convolve(d_out, kernel[:, ::-1]), d_kernel
+
+
+convolve.defvjp(lambda v, kernel: (convolve(v, kernel), (v, kernel)), _convolve_backward)
+
+
+def _part(z: Array, start: int, count: int) -> Array:
+    """``count`` tokens from ``start`` <= 0 on, 0 where there are none: [B H N E]."""
+    after = max(0, start + count - z.shape[2])
+    return jnp.pad(z, [(0, 0), (0, 0), (-start, after), (0, 0)])[:, :, :count]
 
 
 def _prepare(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Array]:
@@ -156,13 +181,8 @@ def _prepare(queries: Queries, keys: Keys, rule: Rule) -> tuple[Array, Array, Ar
 
 
 def _means(z: Array, marks: Array) -> tuple[Array, Array]:
-    """Means of [B N H D] over the tokens of each landmark [B N m]: [B m H D], and which exist."""
+    """Means of [B N H D] over the tokens of each landmark [B N m]: [B H m D], and which exist."""
     count = jnp.sum(marks, 1)
-    sums = jnp.einsum("bnhd,bnm->bmhd", z, marks)
-    return sums / jnp.maximum(count, 1)[..., None, None], count > 0
-
-
-def _softmax(product: str, a: Array, b: Array, seen: Array) -> Array:
-    """softmax over the last axis of a product, where ``seen`` [B N M]; rows without any are 0."""
-    z = jnp.where(seen[:, None], jnp.einsum(product, a, b), MASK)
-    return jnp.where(seen[:, None], jax.nn.softmax(z, -1), 0)
+    sums = collected(marks, z.reshape(*z.shape[:2], -1))
+    means = sums / jnp.maximum(count, 1)[..., None]
+    return means.reshape(*means.shape[:2], *z.shape[2:]).swapaxes(1, 2), count > 0
