@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, Queries
-from attnlab.engines.bucketed import Plan, Reach
+from attnlab.engines.meetings import Plan, Reach
 
 
 def plan_runs(
