@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnlab.core import Array, Queries
-from attnlab.engines.bucketed import Plan, Reach
+from attnlab.engines.meetings import Plan, Reach
 
 
 def plan_runs(
@@ -21,7 +21,7 @@ def plan_runs(
     length = min(length, N)
     chunk = tile_of(length, N)
     buckets = jnp.where(queries.seg[:, None] >= 0, buckets, count)
-    bucket, order, rank = sort_tokens(queries, buckets)
+    bucket, order, rank = sort_tokens(queries, buckets, count=count + 1)
     first = search(bucket, jnp.arange(count + 1))
     size = jnp.diff(first)
     tiles = -(-size // chunk)
@@ -62,17 +62,18 @@ def count_pairs(length: int, count: int, run: int, causal: bool) -> int:
     return slots * chunk * (tiles_back + 1 + (0 if causal else tiles_back))
 
 
-def sort_tokens(queries: Queries, *labels: Array) -> tuple[Array, ...]:
-    """Tokens by ``labels`` [R B H N], then document, then position: the labels in that order, the
-    token at each rank, and the rank of each token."""
+def sort_tokens(queries: Queries, *labels: Array, count: int = 2**31) -> tuple[Array, ...]:
+    """Tokens by ``labels`` [R B H N] in 0 .. ``count`` − 1, then document, then position: the
+    labels in that order, the token at each rank, and the rank of each token."""
     index = lax.broadcasted_iota(jnp.int32, queries.pos.shape, 1)
     empty_last = jnp.where(queries.seg >= 0, queries.seg, jnp.iinfo(jnp.int32).max)
     *_, by_time = lax.sort((empty_last, queries.pos, index), num_keys=2)
-    age = jnp.argsort(by_time, -1)[:, None]
-    shape = labels[0].shape
-    index, age = jnp.broadcast_to(index[:, None], shape), jnp.broadcast_to(age, shape)
-    *found, _, order = lax.sort((*labels, age, index), num_keys=len(labels) + 1)
-    return (*found, order, jnp.argsort(order, -1))
+    order = jnp.broadcast_to(by_time[:, None], labels[0].shape)
+    for label in reversed(labels):
+        turn = stable_order(jnp.take_along_axis(label, order, -1), count)
+        order = jnp.take_along_axis(order, turn, -1)
+    found = (jnp.take_along_axis(label, order, -1) for label in labels)
+    return (*found, order, inverse(order))
 
 
 def search(rows: Array, values: Array, side: str = "left") -> Array:

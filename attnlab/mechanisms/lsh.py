@@ -48,8 +48,11 @@ def hash_directions(u: Array, rounds: int, buckets: int, key: Array) -> Array:
     found = jnp.zeros((rounds, u.shape[0], H, u.shape[1]), jnp.int32)
     for i, size in enumerate(factors(buckets)):
         planes = jax.random.normal(jax.random.fold_in(key, i), (rounds, H, D, size // 2))
-        y = jnp.einsum("bnhd,rhdp->rbhnp", u, planes)
-        found = found * size + jnp.argmax(jnp.concatenate([y, -y], -1), -1).astype(jnp.int32)
+        # Tokens last: XLA on CPU looks for a maximum along the last axis one number at a time.
+        y = jnp.einsum("bnhd,rhdp->rbhpn", u, planes)
+        near = jnp.argmax(jnp.abs(y), -2).astype(jnp.int32)
+        behind = jnp.take_along_axis(y, near[..., None, :], -2)[..., 0, :] < 0
+        found = found * size + near + jnp.where(behind, size // 2, 0)
     return found
 
 
