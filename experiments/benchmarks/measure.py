@@ -20,6 +20,8 @@ COMMANDS = {
     "forward": "--mode=fwd --attention=softmax,window,linear --lengths=4k --peers --threads=1",
     "peers_16k": "--attention=softmax,window,linear --lengths=16k --peers",
     "growth": f"--attention={CONSTANT},lsh,fenwick,recurrent_memory --lengths=4k,16k,64k",
+    "floor": "--attention=softmax --lengths=16k --threads=1 --repeats=5",
+    "floor_forward": "--mode=fwd --attention=softmax --lengths=16k --threads=1 --repeats=5",
     "softmax_64k": "--attention=softmax --lengths=64k --repeats=3",
     "decode": f"--mode=decode --attention=softmax,{CONSTANT} --lengths=1k,4k,16k,64k",
     "decode_lsh": "--mode=decode --attention=lsh --lengths=1k,4k,16k,64k",
