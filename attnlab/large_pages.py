@@ -4,8 +4,7 @@ begins.
 What XLA computes with on a CPU is taken from the system and given back at every call: GBs, which
 in pages of 4 KiB cost a fifth of the time of a training step. So the library is told to keep what
 it was given back, up to the most that was ever in use, and, where the kernel gives large pages to
-who asks, to ask. All of it from one arena, since the arena of a further thread gives back what is
-empty whatever was asked. The library reads that when a process starts.
+who asks, to ask. It reads that when a process starts.
 """
 
 import os
@@ -13,11 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-KEPT = {
-    "glibc.malloc.mmap_threshold": 2**34,
-    "glibc.malloc.trim_threshold": 2**34,
-    "glibc.malloc.arena_max": 1,
-}
+KEPT = {"glibc.malloc.mmap_threshold": 2**34, "glibc.malloc.trim_threshold": 2**34}
 LARGE = {"glibc.malloc.hugetlb": 1}
 KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

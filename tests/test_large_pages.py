@@ -12,10 +12,7 @@ ASKS = "always [madvise] never"
 CHOSEN = "GLIBC_TUNABLES"
 
 
-KEPT = (
-    "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
-    ":glibc.malloc.arena_max=1"
-)
+KEPT = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 
 
 @pytest.mark.parametrize(
