@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attnlab.core import Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
+from attnlab.core import MASK, Array, Cost, Dims, Keys, Mechanism, Queries, Result, Rule
 from attnlab.engines import documents, kept
 from attnlab.errors import UserError
 from attnlab.mechanisms.linear import rotated
@@ -88,11 +88,41 @@ class Nystrom(Mechanism):
         own_q = (queries.seg[:, :, None] == queries.seg[:, None]) & (queries.seg >= 0)[:, None]
 
         def one(asked, q_own, k_own):
-            return self._document(q_own, k_own, (params, q, k, v))[jnp.arange(len(q)), asked]
+            return self._literally(params, q, k, v, q_own, k_own)[jnp.arange(len(q)), asked]
 
         asked = jnp.arange(q.shape[1])
         out = jax.vmap(one, (0, 1, 1), 1)(asked, own_q, own_k)
         return Result(rule.tap("heads", out.astype(queries.q.dtype)), state)
+
+    def _literally(self, params, q: Array, k: Array, v: Array, own_q: Array, own_k: Array) -> Array:
+        """`_document` by the equations."""
+
+        def means(z: Array, marks: Array) -> Array:
+            sums = jnp.einsum("bnhd,bnm->bmhd", z, marks)
+            return sums / jnp.maximum(jnp.sum(marks, 1), 1)[..., None, None]
+
+        def softmax(a: Array, b: Array, own_a: Array, own_b: Array) -> Array:
+            seen = (own_a[:, :, None] & own_b[:, None])[:, None]
+            z = jnp.where(seen, jnp.einsum("bnhd,bmhd->bhnm", a, b), MASK)
+            return jnp.where(seen, jax.nn.softmax(z, -1), 0)
+
+        marks_q, marks_k = (self._stretches(own) for own in (own_q, own_k))
+        marked_q, marked_k = means(q, marks_q), means(k, marks_k)
+        full_q, full_k = (jnp.any(marks > 0, 1) for marks in (marks_q, marks_k))
+        middle = softmax(marked_q, marked_k, full_q, full_k)
+        # What does not exist is a matrix of 1 apart, which its inverse leaves apart.
+        middle += jnp.eye(self.landmarks) * (jnp.sum(middle, -1, keepdims=True) == 0)
+        front, back = softmax(q, marked_k, own_q, full_k), softmax(marked_q, k, full_q, own_k)
+        inverse = pseudo_inverse(middle, self.steps)
+        out = jnp.einsum("bhnm,bhmk,bhkl,blhe->bnhe", front, inverse, back, v)
+        if self.kernel:
+            own = jnp.where(own_k[..., None, None], v, 0)
+            own = jnp.pad(
+                own, [(0, 0), (self.kernel // 2, self.kernel + q.shape[1]), (0, 0), (0, 0)]
+            )
+            for t, weight in enumerate(params["convolution"].T):
+                out += own[:, t : t + q.shape[1]] * weight[:, None]
+        return jnp.where(own_q[..., None, None], out, 0)
 
     def flops(self, dims: Dims, length: int, causal: bool = True) -> float:
         m = self.landmarks
@@ -141,17 +171,17 @@ def convolve(v: Array, kernel: Array) -> Array:
     return lax.fori_loop(0, turns, turn, jnp.zeros_like(v))
 
 
-def _convolve_backward(kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+def _convolve_backward(given: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     """The gradient of a kernel sums over the diagonals of products of stretches of C tokens with
     the C + T − 1 around them."""
-    v, kernel = kept
+    v, kernel = given
     (B, H, N, E), T = v.shape, kernel.shape[1]
     C = max(64, T - 1)
     tiles = -(-N // C)
     asked = _part(d_out, 0, tiles * C).reshape(B, H, tiles, C, E)
     around = _part(v, -(T // 2), (tiles + 1) * C).reshape(B, H, tiles + 1, C, E)
-    here, next = around[:, :, :-1], around[:, :, 1:, : T - 1]
-    band = jnp.concatenate([jnp.sum(scores(asked, z), (0, 2)) for z in (here, next)], -1)
+    around = around[:, :, :-1], around[:, :, 1:, : T - 1]
+    band = jnp.concatenate([jnp.sum(scores(asked, z), (0, 2)) for z in around], -1)
     n = jnp.arange(C)[:, None]
     d_kernel = jnp.sum(band[:, n, n + jnp.arange(T)], 1)
     return convolve(d_out, kernel[:, ::-1]), d_kernel
