@@ -229,7 +229,14 @@ def test_lengths_of_a_suite_double_around_that_of_training():
     assert lengths(512, 7) == [7]
 
 
-@pytest.mark.parametrize("name", ["text_classification", "retrieval", "image", "pathfinder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_classification",
+        "image",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("retrieval", "pathfinder")),
+    ],
+)
 def test_stored_rows_are_trained_on_and_every_held_out_one_is_scored_once(
     name, small_pool, tmp_path, capsys
 ):

@@ -119,7 +119,9 @@ def terminate_second(child, workdir, log):
     os.kill(int(started[1]), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("devices", "tolerance"), [(1, 0), (2, 1e-3)])
+@pytest.mark.parametrize(
+    ("devices", "tolerance"), [(1, 0), pytest.param(2, 1e-3, marks=pytest.mark.slow)]
+)
 def test_two_processes_are_stopped_by_one_signal_and_go_on_as_one(tmp_path, devices, tolerance):
     """Over 2 x 1 devices and then over 1 x 2 to the bit. Of more than two parts, processes sum in
     another order than one process does: over 2 x 2 and 1 x 4 but for the last digits."""

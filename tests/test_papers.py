@@ -150,7 +150,7 @@ def test_missing_data_are_one_line_that_says_how_to_get_them(monkeypatch, tmp_pa
     [
         "transformer_xl.py:size=scaled",
         "routing_transformer.py:data=enwik8,size=scaled",
-        "reformer.py:size=scaled",
+        pytest.param("reformer.py:size=scaled", marks=pytest.mark.slow),
         pytest.param("routing_transformer.py:data=pg19,size=scaled", marks=pytest.mark.slow),
         pytest.param("compressive_transformer.py:size=scaled", marks=pytest.mark.slow),
         pytest.param("longformer.py:size=scaled", marks=pytest.mark.slow),

@@ -157,6 +157,7 @@ def _flat(params):
     }
 
 
+@pytest.mark.slow
 def test_mechanisms_are_compared_on_points(tmp_path):
     config = tiny_on("hull", *FEW, "train.steps=2")
     assert compare(config, "softmax,transformer_xl", tmp_path) == 2

@@ -12,7 +12,10 @@ from attnlab.positions.none import NoPosition
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("cells", "place"), [(1, "none"), (2, "rope"), (8, "alibi")])
+@pytest.mark.parametrize(
+    ("cells", "place"),
+    [(1, "none"), pytest.param(2, "rope", marks=pytest.mark.slow), (8, "alibi")],
+)
 def test_tiles_of_any_size_agree_with_the_equations(cells, place, causal, monkeypatch):
     """Outputs and all gradients, with padding, in tiles that hold fewer and more cells than the
     levels have."""

@@ -156,7 +156,16 @@ def test_rows_are_pure_and_every_question_stands_before_its_answer():
 
 
 @pytest.mark.parametrize(
-    "attention", ["softmax", "window", "linear", "lsh", "transformer_xl", "han"]
+    "attention",
+    [
+        "softmax",
+        "linear",
+        "lsh",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("window", "transformer_xl", "han")
+        ),
+    ],
 )
 def test_a_prediction_does_not_depend_on_its_answer_nor_on_anything_later(attention):
     config = tiny_on("regression", "task.dim=3", "model.layers=2", attention=attention)
@@ -282,6 +291,7 @@ def test_a_run_is_evaluated_at_another_length_and_reported(run, capsys):
     assert "which is no text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_mechanisms_are_compared_by_their_error(tmp_path):
     config = tiny_on("regression", "task.dim=2", "train.steps=2")
     assert compare(config, "softmax,window", tmp_path, [("attention.window.window", "4")]) == 0

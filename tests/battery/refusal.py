@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import pytest
 
 from attnlab.core import positions
-from battery.calls import attend, cotangent_of, evaluate
+from battery.calls import cotangent_of, evaluate, outputs
 from battery.cases import SOFTMAX, Case, bidirectional, draw, key_of
 
 
@@ -34,10 +35,11 @@ def causal_only(check):
     return check
 
 
+@lru_cache
 def refusal(case: Case) -> str | None:
     """The one line with which the mechanism refuses this case, or None."""
     try:
-        jax.eval_shape(lambda inputs: attend(case, inputs).out, draw(case))
+        outputs.eval_shape(case, draw(case))  # traced once, for the checks that call it too
     except ValueError as error:
         return str(error)
     return None
