@@ -25,7 +25,7 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Tracing makes objects by the million and keeps nearly all: looking for garbage after every 700 of
 # them takes a seventh of the time.
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(100_000, 10, 10)
 
 
 @pytest.hookimpl(tryfirst=True)
