@@ -34,10 +34,7 @@ MODELS = {
     "none": None,
 }
 """Which heads route, and the published model whose twin that is."""
-SEEDS = (0, 1)
-STEPS = 1500
-"""Three times those of the twins, which end while the model with many routed heads is still on the
-plateau that all begin with."""
+SEEDS = (0,)
 
 
 def config_of(name: str, seed: int) -> ConfigDict:
@@ -49,7 +46,6 @@ def config_of(name: str, seed: int) -> ConfigDict:
         config = ConfigDict(copy.deepcopy({**config.to_dict(), "attention": attention.to_dict()}))
         config.attention.window = window
     config.seed = seed
-    config.train.steps = STEPS
     config.train.eval_every = config.train.save_every = 0
     config.train.tensorboard = False
     config.evaluate.tokens = 2**16
