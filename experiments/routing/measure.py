@@ -3,8 +3,8 @@
 python experiments/routing/measure.py
 
 Trains the small twins of the Routing Transformer, and the same model with a window in every head,
-on the same text with the same number of steps. What stands in results.json already is not measured
-again: delete it to do so. Ten minutes of one CPU core a run.
+on the same text with as many steps. What stands in results.json already is not measured
+again: delete it to do so. Ten to twenty minutes of one CPU core a run.
 """
 
 import copy
@@ -29,23 +29,27 @@ HERE = Path(__file__).parent
 RESULTS, EXPECTED = HERE / "results.json", HERE / "expected.json"
 TWIN = HERE.parents[1] / "configs" / "papers" / "routing_transformer.py"
 MODELS = {
-    "one of four heads of the last layer": "pg19",
-    "two of four heads of every layer": "enwik8",
-    "none": None,
+    "one of four heads of the last layer": ("pg19", 500),
+    "two of four heads of every layer": ("enwik8", 500),
+    "none": (None, 500),
+    "one of four heads of the last layer, 1500 steps": ("pg19", 1500),
+    "none, 1500 steps": (None, 1500),
 }
-"""Which heads route, and the published model whose twin that is."""
+"""Which heads route: the published model whose twin that is, and steps."""
 SEEDS = (0,)
 
 
 def config_of(name: str, seed: int) -> ConfigDict:
     """That of a twin, or one that differs from it in its attention alone."""
-    config = load(f"{TWIN}:size=scaled,data={MODELS[name] or 'enwik8'}")
-    if MODELS[name] is None:
+    data, steps = MODELS[name]
+    config = load(f"{TWIN}:size=scaled,data={data or 'enwik8'}")
+    if data is None:
         window = config.attention.window.window
         attention = base("window").attention
         config = ConfigDict(copy.deepcopy({**config.to_dict(), "attention": attention.to_dict()}))
         config.attention.window = window
     config.seed = seed
+    config.train.steps = steps
     config.train.eval_every = config.train.save_every = 0
     config.train.tensorboard = False
     config.evaluate.tokens = 2**16
