@@ -3,8 +3,8 @@
 python experiments/routing/measure.py
 
 Trains the small twins of the Routing Transformer, and the same model with a window in every head,
-on the same text with as many steps. What stands in results.json already is not measured
-again: delete it to do so. Ten to twenty minutes of one CPU core a run.
+on the same text with as many steps. What stands in results.json already is not measured again:
+delete it to do so. 6 to 22 minutes of one CPU core a run.
 """
 
 import copy
