@@ -8,13 +8,14 @@ delete it to do so. 6 to 22 minutes of one CPU core a run.
 """
 
 import copy
+import itertools
 import json
 import os
 import platform
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -28,28 +29,50 @@ from attnlab.train import train
 HERE = Path(__file__).parent
 RESULTS, EXPECTED = HERE / "results.json", HERE / "expected.json"
 TWIN = HERE.parents[1] / "configs" / "papers" / "routing_transformer.py"
+
+
+class Model(NamedTuple):
+    """The published model whose twin it is, or none, with a window in every head; what it learns
+    from; and whether all tokens are one cluster, so that its routed heads see everything."""
+
+    data: str | None
+    steps: int
+    corpus: str = "kjv"
+    tokenizer: str = "bytes"
+    seeds: tuple[int, ...] = (0,)
+    everything: bool = False
+
+
+CODE = {"steps": 600, "corpus": "sympy", "tokenizer": "bpe:4096"}
 MODELS = {
-    "one of four heads of the last layer": ("pg19", 500),
-    "two of four heads of every layer": ("enwik8", 500),
-    "none": (None, 500),
-    "one of four heads of the last layer, 1500 steps": ("pg19", 1500),
-    "none, 1500 steps": (None, 1500),
+    "one of four heads of the last layer": Model("pg19", 500),
+    "two of four heads of every layer": Model("enwik8", 500),
+    "none": Model(None, 500),
+    "one of four heads of the last layer, 1500 steps": Model("pg19", 1500),
+    "two of four heads of every layer, 1500 steps": Model("enwik8", 1500),
+    "none, 1500 steps": Model(None, 1500),
+    "one of four heads of the last layer, code": Model("pg19", **CODE, seeds=(0, 1)),
+    "none, code": Model(None, **CODE, seeds=(0, 1)),
+    "one that sees everything, code": Model("pg19", **CODE, everything=True),
 }
-"""Which heads route: the published model whose twin that is, and steps."""
-SEEDS = (0,)
+"""By which heads route."""
 
 
 def config_of(name: str, seed: int) -> ConfigDict:
     """That of a twin, or one that differs from it in its attention alone."""
-    data, steps = MODELS[name]
-    config = load(f"{TWIN}:size=scaled,data={data or 'enwik8'}")
-    if data is None:
+    chosen = MODELS[name]
+    config = load(f"{TWIN}:size=scaled,data={chosen.data or 'enwik8'},corpus={chosen.corpus}")
+    config.task.tokenizer = chosen.tokenizer
+    if chosen.data is None:
         window = config.attention.window.window
         attention = base("window").attention
         config = ConfigDict(copy.deepcopy({**config.to_dict(), "attention": attention.to_dict()}))
         config.attention.window = window
+    if chosen.everything:
+        config.attention.routing.clusters = 1
+        config.attention.routing.length = config.task.length
     config.seed = seed
-    config.train.steps = steps
+    config.train.steps = chosen.steps
     config.train.eval_every = config.train.save_every = 0
     config.train.tensorboard = False
     config.evaluate.tokens = 2**16
@@ -82,13 +105,12 @@ def held(claim: dict[str, Any], runs: dict[str, dict[str, Any]]) -> bool:
 
 def main() -> None:
     runs: dict[str, dict[str, Any]] = read_json(RESULTS)["models"] if RESULTS.is_file() else {}
-    for seed in SEEDS:
-        for name in MODELS:
-            if str(seed) in runs.setdefault(name, {}):
-                continue
-            runs[name][str(seed)] = measure(name, seed)
-            print(name, seed, runs[name][str(seed)], flush=True)
-            write_json(RESULTS, described(runs))
+    for seed, name in itertools.product((0, 1), MODELS):
+        if seed not in MODELS[name].seeds or str(seed) in runs.setdefault(name, {}):
+            continue
+        runs[name][str(seed)] = measure(name, seed)
+        print(name, seed, runs[name][str(seed)], flush=True)
+        write_json(RESULTS, described(runs))
     for claim in json.loads(EXPECTED.read_text(encoding="utf-8"))["claims"]:
         print(claim["what"], "than", claim["than"], held(claim, runs))
 
