@@ -3,7 +3,7 @@
 python experiments/sinks/measure.py
 
 Curves that stand in results.json already are not measured again: delete them to do so. Minutes on
-one CPU core.
+one CPU core, and two hours for the models of subwords.
 """
 
 import itertools
@@ -28,7 +28,8 @@ WEIGHED_BY = ("softmax", "sigmoid", "softmax_plus_one", "key_bias")
 CURVES = {
     "idle": (idle.curve, WEIGHED_BY, (0, 1, 2)),
     "fixed": (partial(idle.curve, fixed=True), WEIGHED_BY, (0,)),
-    "text": (text.curve, ("softmax",), (0,)),
+    "bytes": (partial(text.curve, kind="bytes"), ("softmax",), (0,)),
+    "subwords": (partial(text.curve, kind="subwords"), ("softmax", "sigmoid"), (0,)),
 }
 """What learns, by what its rows are weighed, and the seeds."""
 
@@ -51,7 +52,7 @@ def main() -> None:
         "epsilon": EPSILON,
         "sizes": {
             "idle": {name: getattr(idle, name) for name in ("LENGTH", "DIM", "BATCH", "RATE")},
-            "text": text.SIZES,
+            **{name: kind.sizes for name, kind in text.KINDS.items()},
         },
     }
     for part, (curve, names, seeds) in CURVES.items():

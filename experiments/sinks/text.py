@@ -1,7 +1,7 @@
-"""A small language model of bytes, every row of which begins with the mark between documents."""
+"""Small language models, every row of which begins with the mark between documents."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,25 +15,54 @@ from attnlab.optimizer import make_optimizer
 from attnlab.overrides import override
 from attnlab.step import init_state, make_step
 
-SIZES = {
-    "task.corpus": "kjv",
-    "task.length": 64,
-    "task.batch": 16,
-    "model.width": 64,
-    "model.layers": 4,
-    "model.qk_norm": False,
-    "optimizer.learning_rate": 6e-3,
-    "optimizer.warmup": 100,
-    "train.steps": 1600,
+
+class Kind(NamedTuple):
+    """What is trained, and the steps after which its heads are looked into."""
+
+    sizes: dict[str, Any]
+    looked_at: tuple[int, ...]
+
+
+KINDS = {
+    "bytes": Kind(
+        {
+            "task.corpus": "kjv",
+            "task.length": 64,
+            "task.batch": 16,
+            "model.width": 64,
+            "model.layers": 4,
+            "model.qk_norm": False,
+            "optimizer.learning_rate": 6e-3,
+            "optimizer.warmup": 100,
+            "train.steps": 1600,
+        },
+        (0, 100, 200, 400, 800, 1200, 1600),
+    ),
+    "subwords": Kind(
+        {
+            "task.corpus": "pysource",
+            "task.tokenizer": "bpe:4096",
+            "task.length": 256,
+            "task.batch": 16,
+            "model.width": 192,
+            "model.layers": 6,
+            "model.heads": 3,
+            "model.kv_heads": 3,
+            "model.qk_norm": False,
+            "optimizer.learning_rate": 3e-3,
+            "optimizer.warmup": 100,
+            "optimizer.weight_decay": 0.5,
+            "train.steps": 3000,
+        },
+        tuple(range(0, 3001, 100)),
+    ),
 }
-LOOKED_AT = (0, 100, 200, 400, 800, 1200, 1600)
-"""Steps after which heads are looked into."""
-ROWS = 100  # windows of held-out text that are looked at, as many as in the paper
+LENGTH, ROWS = 64, 100  # of held-out text that is looked at, as much as in the paper
 
 
-def config_of(normaliser: str, seed: int) -> ConfigDict:
+def config_of(kind: str, normaliser: str, seed: int) -> ConfigDict:
     config = base("softmax", "rope", normaliser=normaliser)
-    for path, value in (SIZES | {"seed": seed}).items():
+    for path, value in (KINDS[kind].sizes | {"seed": seed}).items():
         override(config, path, str(value))
     return config
 
@@ -48,20 +77,24 @@ def begun(batch: dict[str, Any], task: Any) -> dict[str, Any]:
 
 def look(model: Any, params: Any, task: Any) -> dict[str, float]:
     """Means over all heads; sinks in per cent of rows."""
-    cutting = cut(task.documents("validation"), task.boundary, SIZES["task.length"], ROWS, ROWS)
+    cutting = cut(task.documents("validation"), task.boundary, LENGTH, ROWS, ROWS)
     heads = measure_sinks(model, params, [begun(batch, task) for batch in cutting])
-    mean = {name: float(np.mean([head[name] for head in heads])) for name in ("sink", "share")}
-    most = max(head["share"] for head in heads)
+    names = "sink", "sink_by_weight", "share", "weight"
+    mean = {name: float(np.mean([head[name] for head in heads])) for name in names}
     return {
         "sink": round(100 * mean["sink"], 2),
+        "sink_by_weight": round(100 * mean["sink_by_weight"], 2),
         "share": round(mean["share"], 4),
-        "largest share of a head": round(most, 4),
+        "weight": round(mean["weight"], 4),
+        "largest share of a head": round(max(head["share"] for head in heads), 4),
+        "largest weight of a head": round(max(head["weight"] for head in heads), 4),
     }
 
 
-def curve(normaliser: str, seed: int) -> Iterator[dict[str, Any]]:
-    """What is seen after each of `LOOKED_AT` steps, and the loss of the step before, in bits."""
-    config = config_of(normaliser, seed)
+def curve(normaliser: str, seed: int, kind: str) -> Iterator[dict[str, Any]]:
+    """What is seen in the heads of a model while it learns, and the loss of the step before, in
+    bits."""
+    config, looked_at = config_of(kind, normaliser, seed), KINDS[kind].looked_at
     task: Any = tasks.build(config.task, seed=config.seed)
     model = model_of(config, task.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -69,9 +102,9 @@ def curve(normaliser: str, seed: int) -> Iterator[dict[str, Any]]:
     step = jax.jit(make_step(model, optimizer, config), donate_argnums=0)
     bits = None
     for number in range(config.train.steps + 1):
-        if number in LOOKED_AT:
+        if number in looked_at:
             yield {"step": number} | look(model, state.params, task) | {"bits": bits}
         if number < config.train.steps:
             state, metrics = step(state, begun(task.batch(number), task))
-            if number + 1 in LOOKED_AT:
+            if number + 1 in looked_at:
                 bits = round(float(metrics["loss"]) / float(np.log(2)), 3)
