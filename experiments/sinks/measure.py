@@ -3,7 +3,7 @@
 python experiments/sinks/measure.py
 
 Curves that stand in results.json already are not measured again: delete them to do so. Minutes on
-one CPU core, and two hours for the models of subwords.
+one CPU core, and three hours for the models of subwords.
 """
 
 import itertools
@@ -24,12 +24,14 @@ from attnlab.files import read_json, write_json
 
 HERE = Path(__file__).parent
 RESULTS, EXPECTED = HERE / "results.json", HERE / "expected.json"
-WEIGHED_BY = ("softmax", "sigmoid", "softmax_plus_one", "key_bias")
+WEIGHED_BY = ("softmax", "sigmoid", "unbiased_sigmoid", "softmax_plus_one", "key_bias")
+OWN = {"unbiased_sigmoid": str(HERE / "unbiased_sigmoid.py")}
+"""Normalisers of this folder."""
 CURVES = {
     "idle": (idle.curve, WEIGHED_BY, (0, 1, 2)),
     "fixed": (partial(idle.curve, fixed=True), WEIGHED_BY, (0,)),
     "bytes": (partial(text.curve, kind="bytes"), ("softmax",), (0,)),
-    "subwords": (partial(text.curve, kind="subwords"), ("softmax", "sigmoid"), (0,)),
+    "subwords": (partial(text.curve, kind="subwords"), WEIGHED_BY[:3], (0,)),
 }
 """What learns, by what its rows are weighed, and the seeds."""
 
@@ -61,7 +63,7 @@ def main() -> None:
             if str(seed) in runs:
                 continue
             begun, rows = time.process_time(), []
-            for row in curve(name, seed):
+            for row in curve(OWN.get(name, name), seed):
                 rows.append(row)
                 print(part, name, seed, row, flush=True)
             runs[str(seed)] = {

@@ -13,6 +13,7 @@ PICTURE = HERE.parents[1] / "docs" / "images" / "sinks.png"
 COLOURS = {
     "softmax": "#3b3b3b",
     "sigmoid": "#d1495b",
+    "unbiased_sigmoid": "#e08e45",
     "softmax_plus_one": "#1b6ca8",
     "key_bias": "#2e933c",
 }
@@ -36,8 +37,8 @@ def main() -> None:
         describe(axes, title, "weight on the first token")
         axes.set_ylim(0, 1)
     for name, runs in results["subwords"].items():
-        draw(text, name, runs, "sink_by_weight")
-    describe(text, "a language model of 18 heads", "heads and rows with a sink, %")
+        draw(text, name, runs, "sink")
+    describe(text, "a language model of 18 heads", "heads and rows with a sink by shares, %")
     text.set_ylim(0)
     idle[1].legend(frameon=False, fontsize=9, loc="upper right")
     PICTURE.parent.mkdir(exist_ok=True)
