@@ -22,9 +22,8 @@ from attnlab import tasks
 from attnlab.answers import score_answers
 from attnlab.config import base, model_of
 from attnlab.files import read_json, write_json
-from attnlab.optimizer import make_optimizer
+from attnlab.growing import train_growing
 from attnlab.overrides import override
-from attnlab.step import init_state, make_step
 
 RESULTS = Path(__file__).with_name("results.json")
 TRAINED, LONGEST = 512, 8192
@@ -41,7 +40,6 @@ SIZES = {
     "model.tied": False,
     "optimizer.warmup": 50,
     "optimizer.learning_rate": 3e-3,
-    "train.steps": sum(steps for _, steps in GROWTH),
     "attention.window.window": 4,
 }
 """The first layer sees four tokens, and so the one before; the second is one of `MODELS`."""
@@ -81,30 +79,10 @@ def config_of(name: str) -> ConfigDict:
     return config
 
 
-def train(config: ConfigDict):
-    """The model, its parameters, and (step, length, nats an answer) on the way."""
-    model, state, step, curve, number = None, None, None, [], 0
-    for length, steps in GROWTH:
-        config.task.length, config.task.batch = length, TOKENS // length
-        task: Any = tasks.build(config.task, seed=config.seed)
-        if model is None:
-            model = model_of(config, task.vocab_size)
-            optimizer = make_optimizer(config.optimizer, config.train.steps)
-            state = init_state(model, optimizer, config)
-            step = jax.jit(make_step(model, optimizer, config), donate_argnums=0)
-        for _ in range(steps):
-            state, metrics = step(state, task.batch(number))
-            number += 1
-            if number % 100 == 0:
-                curve.append([number, length, round(float(metrics["loss"]), 4)])
-                print(" ", *curve[-1], flush=True)
-    return model, state.params, curve
-
-
 def measure(name: str) -> dict[str, Any]:
     """How the model learnt, and what it found, by length and depth."""
     config, begun = config_of(name), time.process_time()
-    model, params, curve = train(config)
+    model, params, curve = train_growing(config, GROWTH, TOKENS)
     trained = time.process_time() - begun
     task: Any = tasks.build(config.task, seed=config.seed)
     if asked_with := MODELS[name].asked_with:
