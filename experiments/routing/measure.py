@@ -3,8 +3,9 @@
 python experiments/routing/measure.py
 
 Trains the small twins of the Routing Transformer, and the same model with a window in every head,
-on the same text with as many steps. What stands in results.json already is not measured again:
-delete it to do so. 6 to 22 minutes of one CPU core a run.
+on the same text with as many steps; smaller ones, by what one head sees (`worth.py`); and some that
+look for a passkey (`passkey.py`). What stands in results.json already is not measured again: delete
+it to do so. 5 to 22 minutes of one CPU core a run.
 """
 
 import copy
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import passkey
+import worth
 from ml_collections import ConfigDict
 
 from attnlab.config import base
@@ -28,6 +31,11 @@ from attnlab.train import train
 
 HERE = Path(__file__).parent
 RESULTS, EXPECTED = HERE / "results.json", HERE / "expected.json"
+DESCRIBED = {
+    "command": "python experiments/routing/measure.py",
+    "hardware": f"{len(os.sched_getaffinity(0))} CPU core(s), {platform.machine()}",
+    "versions": {"python": platform.python_version(), "jax": jax.__version__},
+}
 TWIN = HERE.parents[1] / "configs" / "papers" / "routing_transformer.py"
 
 
@@ -56,11 +64,12 @@ MODELS = {
     "one that sees everything, code": Model("pg19", **CODE, everything=True),
 }
 """By which heads route."""
+PASSKEY = {"two of four heads of every layer": "enwik8", "none": None}
+SEEDS = {name: chosen.seeds for name, chosen in (MODELS | worth.FOURTH).items()}
 
 
-def config_of(name: str, seed: int) -> ConfigDict:
+def twin_of(chosen: Model) -> ConfigDict:
     """That of a twin, or one that differs from it in its attention alone."""
-    chosen = MODELS[name]
     config = load(f"{TWIN}:size=scaled,data={chosen.data or 'enwik8'},corpus={chosen.corpus}")
     config.task.tokenizer = chosen.tokenizer
     if chosen.data is None:
@@ -71,13 +80,28 @@ def config_of(name: str, seed: int) -> ConfigDict:
     if chosen.everything:
         config.attention.routing.clusters = 1
         config.attention.routing.length = config.task.length
-    config.seed = seed
     config.train.steps = chosen.steps
     config.train.eval_every = config.train.save_every = 0
     config.train.tensorboard = False
     config.evaluate.tokens = 2**16
     config.sample.tokens = 8
     return config
+
+
+def config_of(name: str, seed: int) -> ConfigDict:
+    if name in MODELS:
+        config = twin_of(MODELS[name])
+    else:
+        config = worth.config_of(name, twin_of(Model("enwik8", 0)))
+    config.seed = seed
+    return config
+
+
+def find(name: str, seed: int) -> dict[str, Any]:
+    """What a shrunk twin finds (`passkey.py`)."""
+    twin = twin_of(Model(PASSKEY[name], 0))
+    twin.seed = seed
+    return passkey.find(twin)
 
 
 def measure(name: str, seed: int) -> dict[str, Any]:
@@ -95,33 +119,30 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def held(claim: dict[str, Any], runs: dict[str, dict[str, Any]]) -> bool:
+PARTS = {"models": (SEEDS, measure), "passkey": (dict.fromkeys(PASSKEY, (0, 1)), find)}
+
+
+def held(claim: dict[str, Any], results: dict[str, Any]) -> bool:
     """Whether a claim of expected.json is what was measured, with every seed."""
     low, high = claim["above_by"]
+    runs, value = results[claim.get("of", "models")], claim.get("value", "bits_per_byte")
     what, than = (runs[claim[name]] for name in ("what", "than"))
-    gaps = (what[seed]["bits_per_byte"] - than[seed]["bits_per_byte"] for seed in than)
+    gaps = (what[seed][value] - than[seed][value] for seed in than)
     return what.keys() == than.keys() and all(low <= gap <= high for gap in gaps)
 
 
 def main() -> None:
-    runs: dict[str, dict[str, Any]] = read_json(RESULTS)["models"] if RESULTS.is_file() else {}
-    for seed, name in itertools.product((0, 1), MODELS):
-        if seed not in MODELS[name].seeds or str(seed) in runs.setdefault(name, {}):
-            continue
-        runs[name][str(seed)] = measure(name, seed)
-        print(name, seed, runs[name][str(seed)], flush=True)
-        write_json(RESULTS, described(runs))
+    results: dict[str, Any] = read_json(RESULTS) if RESULTS.is_file() else {}
+    for part, (seeds, measured) in PARTS.items():
+        for seed, name in itertools.product((0, 1), seeds):
+            runs = results.setdefault(part, {}).setdefault(name, {})
+            if seed not in seeds[name] or str(seed) in runs:
+                continue
+            runs[str(seed)] = measured(name, seed)
+            print(part, name, seed, runs[str(seed)], flush=True)
+            write_json(RESULTS, results | DESCRIBED)
     for claim in json.loads(EXPECTED.read_text(encoding="utf-8"))["claims"]:
-        print(claim["what"], "than", claim["than"], held(claim, runs))
-
-
-def described(runs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "command": "python experiments/routing/measure.py",
-        "hardware": f"{len(os.sched_getaffinity(0))} CPU core(s), {platform.machine()}",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "models": runs,
-    }
+        print(claim["what"], "than", claim["than"], held(claim, results))
 
 
 if __name__ == "__main__":
