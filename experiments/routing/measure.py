@@ -4,7 +4,7 @@ python experiments/routing/measure.py
 
 Trains the small twins of the Routing Transformer, and the same model with a window in every head,
 on the same text with as many steps; smaller ones, by what one head sees (`worth.py`); and some that
-look for a passkey (`passkey.py`). What stands in results.json already is not measured again: delete
+look for a passkey (`needles.py`). What stands in results.json already is not measured again: delete
 it to do so. 5 to 22 minutes of one CPU core a run.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import passkey
+import needles
 import worth
 from ml_collections import ConfigDict
 
@@ -98,10 +98,10 @@ def config_of(name: str, seed: int) -> ConfigDict:
 
 
 def find(name: str, seed: int) -> dict[str, Any]:
-    """What a shrunk twin finds (`passkey.py`)."""
+    """What a shrunk twin finds (`needles.py`)."""
     twin = twin_of(Model(PASSKEY[name], 0))
     twin.seed = seed
-    return passkey.find(twin)
+    return needles.find(twin)
 
 
 def measure(name: str, seed: int) -> dict[str, Any]:
